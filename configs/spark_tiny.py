@@ -1,0 +1,24 @@
+"""A small Spark Transformer on the Python standard library: the main job."""
+
+from sparse_lm.config import (AttentionConfig, Config, DataConfig, FFNConfig,
+                              ModelConfig, OptimizerConfig, SampleConfig,
+                              TrainingConfig)
+
+
+def get_config() -> Config:
+  return Config(
+      model=ModelConfig(
+          vocab_size=2048,
+          context_length=256,
+          num_layers=4,
+          model_dim=192,
+          ffn=FFNConfig(shape="spark", num_neurons=1152, predictor_dim=96,
+                        sparsifier="statistical_topk", active_fraction=0.08),
+          attention=AttentionConfig(
+              shape="spark", num_query_heads=3, num_kv_heads=1, head_dim=64,
+              predictor_dim=32, top_k=32, sliding_window=64, global_every=2)),
+      data=DataConfig(dataset="python_source/stdlib", tokenizer="bpe"),
+      training=TrainingConfig(
+          num_steps=1000, batch_size=8,
+          optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50)),
+      sample=SampleConfig(prompt="def "))

@@ -1,0 +1,1 @@
+"""What the activations look like, in tables and plots."""

@@ -1,0 +1,104 @@
+"""What the commands share: flags, the config, and errors in one line."""
+
+import argparse
+from collections.abc import Callable, Sequence
+import importlib
+import importlib.util
+import pathlib
+import sys
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+from sparse_lm import config as config_lib
+from sparse_lm.config import Config
+from sparse_lm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse whose errors are one line, as all errors here are."""
+
+  def __init__(self, doc: str, command: str):
+    super().__init__(prog=f"python -m sparse_lm.{command}", description=doc,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
+
+  def error(self, message):
+    raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _get_config(path: str) -> Config:
+  """Calls `get_config()` of a file, or of a config shipped here by its name."""
+  try:
+    if path.endswith(".py"):
+      spec = importlib.util.spec_from_file_location("experiment", path)
+      module = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(module)
+    else:
+      module = importlib.import_module(f"sparse_lm.configs.{path}")
+    return module.get_config()
+  except UserError:
+    raise
+  except (FileNotFoundError, ModuleNotFoundError) as e:
+    raise UserError(f"--config={path}: no such file, nor a config of that "
+                    "name in sparse_lm.configs") from e
+  except Exception as e:  # pylint: disable=broad-exception-caught
+    # The file is the user's code: whatever it raises is theirs to mend.
+    raise UserError(f"--config={path}: {type(e).__name__}: {e}") from e
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+  """The config of a file with `--config.key=value` overrides applied.
+
+  Raises:
+    UserError: on a missing file, an unknown key, a value of the wrong type or
+      one that a check refuses.
+  """
+  config = _get_config(path)
+  for argument in overrides:
+    if argument.startswith("--config."):
+      key = argument.removeprefix("--config.").split("=", 1)[0]
+      config_lib.check_key(key, config)
+  values = ml_collections.ConfigDict(config_lib.to_dict(config))
+  argv = ["", *overrides]
+  try:
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", values, flag_values=parsed,
+                                    sys_argv=argv)
+    unused = parsed(argv)[1:]
+  except (flags.Error, TypeError, ValueError) as e:
+    raise UserError(" ".join(str(e).split()).removeprefix("flag ")) from e
+  if unused:
+    raise UserError(f"{unused[0]}: not a flag or a config key; overrides look "
+                    "like --config.training.num_steps=100")
+  return config_lib.from_dict(values.to_dict())
+
+
+def add_config_flag(parser: Parser) -> None:
+  parser.add_argument(
+      "--config", required=True, metavar="FILE",
+      help="a config file such as configs/spark_tiny.py, or the name of a "
+      "shipped one such as spark_tiny; any of its keys can be overridden, as "
+      "in --config.model.ffn.active_fraction=0.05 (sparse_lm/config.py lists "
+      "them all)")
+
+
+def add_workdir_flag(parser: Parser, text: str) -> None:
+  parser.add_argument("--workdir", required=True, type=pathlib.Path,
+                      metavar="FOLDER", help=text)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a command; mistakes of the user's become one line and status 2."""
+  # Grain's worker processes read absl's flags, which nothing here parses.
+  flags.FLAGS.mark_as_parsed()
+  try:
+    main(sys.argv[1:])
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(2)
+  except BrokenPipeError:
+    # The reader of our output (head, less) went away: no error of ours.
+    sys.stderr.close()
+    sys.exit(0)

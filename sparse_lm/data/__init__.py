@@ -1,0 +1,1 @@
+"""Where tokens come from: datasets, tokenizers and the input pipeline."""

@@ -1,0 +1,131 @@
+"""Prefill, then one jitted step per token with a cache that stays in place."""
+
+from collections.abc import Iterator, Sequence
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.config import ModelConfig
+from sparse_lm.decoding.samplers import Sampler
+from sparse_lm.errors import UserError
+from sparse_lm.model import Transformer
+from sparse_lm.model.cache import empty_cache
+from sparse_lm.model.transformer import Statistics, unstack
+
+
+def _bucket(length: int, limit: int) -> int:
+  """The next power of two, at most `limit`: few shapes, few compilations."""
+  return min(limit, max(16, 1 << (length - 1).bit_length()))
+
+
+class Decoder:
+  """A model laid out for decoding.
+
+  The parameters are laid out once, here: one block a layer, in the type that
+  the model computes in.
+  """
+
+  def __init__(self, config: ModelConfig, params: Any):
+    """Args are the model's config and its parameters as training has them."""
+    graph = nnx.graphdef(
+        nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    model = unstack(nnx.merge(graph, params))
+    self.config = config
+    self.statistics: Statistics | None = None  # of the newest `generate`
+    self._dtype = model.dtype
+    self._graph, params = nnx.split(model)
+    self._params = jax.tree.map(lambda x: x.astype(self._dtype), params)
+
+  @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
+  def _advance(self, params, cache, tokens_BxL, start_B, last_B, key, sampler):
+    """Feeds L tokens a row; the cache then holds them.
+
+    Args:
+      params: the model's.
+      cache: donated.
+      tokens_BxL: the tokens, from position `start_B` on.
+      start_B: each row's first position.
+      last_B: which of the L outputs the next token is drawn from.
+      key: for the draw.
+      sampler: static.
+
+    Returns:
+      The next token (B,), the cache, the statistics of these tokens.
+    """
+    positions_BxL = start_B[:, None] + jnp.arange(tokens_BxL.shape[1])
+    model = nnx.merge(self._graph, params)
+    x_BxLxD, statistics, cache = model.hidden(tokens_BxL, positions_BxL,
+                                              cache=cache)
+    last_Bx1xD = jnp.take_along_axis(x_BxLxD, last_B[:, None, None], axis=1)
+    logits_BxV = model.unembed(last_Bx1xD)[:, 0]
+    return sampler(logits_BxV, key), cache, statistics
+
+  def _check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
+    longest, limit = max(map(len, prompts)), self.config.context_length
+    if not min(map(len, prompts)):
+      raise UserError("--prompt: must hold at least one token")
+    if longest >= limit:
+      raise UserError(f"--prompt: {longest} tokens do not fit the model's "
+                      f"context of {limit} with room for one more")
+    if max_new < 1:
+      raise UserError(f"--max_new_tokens={max_new}: must be above 0")
+
+  def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+               sampler: Sampler, key: jax.Array,
+               stop_id: int | None = None) -> Iterator[np.ndarray]:
+    """Yields the next token of every row, (B,), until all rows stopped.
+
+    Rows may differ in length. A row that has drawn `stop_id` goes on yielding
+    it. The context's end ends the generation too. `self.statistics` holds the
+    sparsity of the tokens decoded so far, one by one after the prompt.
+
+    Raises:
+      UserError: on an empty prompt or one that the context cannot hold.
+    """
+    self._check(prompts, max_new_tokens)
+    lengths_B = np.array([len(p) for p in prompts], np.int32)
+    limit = self.config.context_length
+    steps = min(max_new_tokens, limit - int(lengths_B.max()))
+    padded = _bucket(int(lengths_B.max()), limit)
+    tokens_BxL = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in zip(tokens_BxL, prompts):
+      row[:len(prompt)] = prompt
+    slots = _bucket(padded + steps, limit)
+    cache = empty_cache(self.config, len(prompts), slots, self._dtype)
+    keys = jax.random.split(key, steps)
+    next_B, cache, _ = self._advance(
+        self._params, cache, tokens_BxL, np.zeros_like(lengths_B),
+        lengths_B - 1, keys[0], sampler)
+    self.statistics = None
+    stopped_B = np.zeros(len(prompts), bool)
+    for i in range(steps):
+      newest_B = next_B
+      if i + 1 < steps:  # Runs while the caller handles the newest token.
+        next_B, cache, statistics = self._advance(
+            self._params, cache, newest_B[:, None], lengths_B + i,
+            np.zeros_like(lengths_B), keys[i + 1], sampler)
+        self.statistics = (
+            statistics if self.statistics is None
+            else jax.tree.map(jnp.add, self.statistics, statistics))
+      drawn_B = np.asarray(newest_B)
+      if stop_id is not None:
+        drawn_B = np.where(stopped_B, stop_id, drawn_B)
+        stopped_B |= drawn_B == stop_id
+      yield drawn_B
+      if stopped_B.all():
+        return
+
+  def sparsity(self) -> dict[str, float]:
+    """Of the newest `generate`: means over the tokens decoded one by one."""
+    if self.statistics is None:
+      return {}
+    stats = jax.device_get(self.statistics)
+    active = stats.active_neurons_N / self.config.ffn.num_neurons
+    return {
+        "active_fraction": float(active.mean() / stats.tokens),
+        "attended_keys": float(stats.attended_keys_N.mean() / stats.tokens),
+    }

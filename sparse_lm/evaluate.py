@@ -1,0 +1,78 @@
+"""Measure the loss and the sparsity of a trained model.
+
+  python -m sparse_lm.evaluate --workdir=runs/spark_tiny --split=test
+
+Reads config, tokenizer and parameters from the run's folder, prepares the
+run's data where they are missing, and prints a table.
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from sparse_lm import cli
+from sparse_lm.training import checkpoint, metrics, workdir
+from sparse_lm.training.step import make_eval_step
+
+
+def evaluate(folder: pathlib.Path, split: str = "", batches: int | None = None,
+             step: int | None = None) -> dict[str, Any]:
+  """Loss and sparsity of a checkpoint.
+
+  Args:
+    folder: of the run.
+    split: of the run's dataset; "": the config's data.eval_split.
+    batches: at most so many batches; None: the whole split.
+    step: which checkpoint; None: the newest readable one.
+
+  Returns:
+    `metrics.summarize`'s values, the step, the split and the token count.
+  """
+  # Here, not at the top: --help needs no TFDS.
+  from sparse_lm.data.pipeline import open_corpus  # pylint: disable=g-import-not-at-top
+  config = workdir.read_config(folder)
+  step, params = checkpoint.load_run_params(folder, config, _warn, step)
+  corpus = open_corpus(config)
+  workdir.claim_data(folder, corpus)
+  run = jax.jit(make_eval_step(config, metrics.text_bytes(config.model,
+                                                          corpus.tokenizer)))
+  sums = metrics.add_up([run(params, batch) for batch in
+                         corpus.evaluation(split=split or None,
+                                           batches=batches)])
+  return dict(step=step, split=split or config.data.eval_split,
+              tokens=int(sums.tokens),
+              **metrics.summarize(sums, config.model))
+
+
+def _warn(line: str) -> None:
+  print(line, file=sys.stderr)
+
+
+def main(argv: Sequence[str]) -> None:
+  parser = cli.Parser(__doc__, "evaluate")
+  cli.add_workdir_flag(parser, "the run's folder, as given to train")
+  parser.add_argument("--split", default="", help="which split of the run's "
+                      "dataset (default: config.data.eval_split)")
+  parser.add_argument("--batches", type=int, default=None, help="at most so "
+                      "many batches (default: the whole split)")
+  parser.add_argument("--step", type=int, default=None, help="which checkpoint "
+                      "(default: the newest)")
+  parser.add_argument("--json", action="store_true",
+                      help="print one JSON object instead of a table")
+  args = parser.parse_args(argv)
+  result = evaluate(args.workdir, args.split, args.batches, args.step)
+  if args.json:
+    print(json.dumps(result))
+    return
+  from sparse_lm.analysis import report  # pylint: disable=g-import-not-at-top
+  print(f"{args.workdir}, step {result['step']}, split {result['split']}, "
+        f"{result['tokens']:,} tokens")
+  print(report.summary_table(workdir.read_config(args.workdir).model, result))
+
+
+if __name__ == "__main__":
+  cli.run(main)

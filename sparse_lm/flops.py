@@ -1,0 +1,134 @@
+"""Analytic FLOPs per token, dense-equivalent and executed.
+
+A multiply and an add count as two. Only matrix products count; norms, softmax
+and activations are left out, as is usual. The compiler's own count is of no use
+here: `cost_analysis()` counts the body of a scan once.
+
+Executed FLOPs are those of a program that skips what the sparsity lets it skip
+(arXiv 2506.06644, Sections 2.1 and 2.2):
+
+    FFN        gate 2 D_gate F  +  (up 2 D_up + down 2 D) k
+    attention  2 P n  +  (2 (E - P) + 2 E) kept     per query head, n keys seen
+
+with k the active neurons and `kept` the attended keys.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import numpy as np
+
+from sparse_lm.config import ModelConfig
+from sparse_lm.model.attention import layer_windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """FLOPs of one token's forward pass, summed over the layers."""
+
+  ffn: float
+  projections: float  # query, key, value and output of attention
+  attention: float  # scores and mixed values
+  logits: float
+
+  @property
+  def total(self) -> float:
+    return self.ffn + self.projections + self.attention + self.logits
+
+
+def visible_keys(config: ModelConfig, length: int | None = None) -> np.ndarray:
+  """Keys that a query sees in each layer, mean over a causal sequence (N,).
+
+  Args:
+    config: the model.
+    length: tokens in the sequence; None: the context length.
+  """
+  length = length or config.context_length
+  positions = np.arange(1, length + 1)
+  return np.array([np.minimum(positions, window).mean() for window in
+                   layer_windows(config.attention, config.num_layers)])
+
+
+def _fixed(config: ModelConfig) -> tuple[float, float]:
+  """Projections of all layers, and logits: the same dense and sparse."""
+  a, dim = config.attention, config.model_dim
+  heads = 2 * a.num_query_heads + 2 * a.num_kv_heads
+  return (config.num_layers * 2 * dim * a.head_dim * heads,
+          2 * dim * config.vocab_size)
+
+
+def _ffn_dims(config: ModelConfig) -> tuple[int, int]:
+  """Input dims of the gate and of up."""
+  dim = config.model_dim
+  predictor = config.ffn.predictor_dim
+  return {"plain": (dim, 0), "gated": (dim, dim),
+          "spark": (predictor, dim - predictor)}[config.ffn.shape]
+
+
+def dense_flops(config: ModelConfig, length: int | None = None) -> Flops:
+  """FLOPs with every neuron and every visible key computed."""
+  a = config.attention
+  gate_dim, up_dim = _ffn_dims(config)
+  ffn = 2 * config.ffn.num_neurons * (gate_dim + up_dim + config.model_dim)
+  seen = visible_keys(config, length).sum()
+  projections, logits = _fixed(config)
+  return Flops(ffn=config.num_layers * ffn, projections=projections,
+               attention=a.num_query_heads * 4 * a.head_dim * seen,
+               logits=logits)
+
+
+def executed_flops(config: ModelConfig,
+                   active_neurons_N: Sequence[float] | None = None,
+                   attended_keys_N: Sequence[float] | None = None,
+                   visible_keys_N: Sequence[float] | None = None,
+                   length: int | None = None) -> Flops:
+  """FLOPs with inactive neurons and dropped keys skipped.
+
+  Args:
+    config: the model.
+    active_neurons_N: measured active neurons per token and layer; None: what
+      the sparsifier aims at.
+    attended_keys_N: measured keys attended per query and layer; None: top_k,
+      or the visible ones where they are fewer.
+    visible_keys_N: measured keys visible per query and layer; None: those of
+      one causal sequence of `length`.
+    length: tokens in the sequence; None: the context length.
+  """
+  a, layers = config.attention, config.num_layers
+  if visible_keys_N is None:
+    visible_keys_N = visible_keys(config, length)
+  seen = np.asarray(visible_keys_N)
+  if active_neurons_N is None:
+    active_neurons_N = [config.ffn.num_active] * layers
+  active = np.asarray(active_neurons_N)
+  gate_dim, up_dim = _ffn_dims(config)
+  ffn = (layers * 2 * gate_dim * config.ffn.num_neurons
+         + 2 * (up_dim + config.model_dim) * active.sum())
+  predictor, kept = a.head_dim, seen
+  if a.shape == "spark":
+    predictor = a.predictor_dim
+    kept = (np.minimum(seen, a.top_k) if attended_keys_N is None
+            else np.asarray(attended_keys_N))
+  attention = a.num_query_heads * (
+      2 * predictor * seen.sum()
+      + (2 * (a.head_dim - predictor) + 2 * a.head_dim) * kept.sum())
+  projections, logits = _fixed(config)
+  return Flops(ffn=ffn, projections=projections, attention=attention,
+               logits=logits)
+
+
+# Dense bfloat16 matrix FLOP/s of one device, from the makers' data sheets,
+# by a part of jax's `device_kind`.
+PEAK_FLOPS = {
+    "v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12,
+    "v5": 459e12, "v6 lite": 918e12, "v6e": 918e12, "a100": 312e12,
+    "h100": 989e12, "h200": 989e12, "b200": 2250e12, "l4": 121e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """The device's bfloat16 peak in FLOP/s, or None where it is not known."""
+  kind = device.device_kind.lower()
+  matches = [name for name in PEAK_FLOPS if name in kind]
+  return PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -1,0 +1,3 @@
+"""What the network computes."""
+
+from sparse_lm.model.transformer import Transformer as Transformer

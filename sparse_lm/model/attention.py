@@ -1,0 +1,191 @@
+"""Grouped-query attention: dense or Spark, global or sliding-window.
+
+Letters beside the README's: G query heads per key/value head (H = K G),
+P head dims that predict.
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.config import AttentionConfig
+from sparse_lm.model import sparsify
+from sparse_lm.model.cache import LayerCache
+from sparse_lm.model.layers import normal_param, rope, softcap
+from sparse_lm.model.sharding import constrain
+
+
+def visible(positions_BxL: jax.Array, positions_BxS: jax.Array,
+            segments_BxL: jax.Array | None, segments_BxS: jax.Array | None,
+            window: jax.Array | int) -> jax.Array:
+  """Which keys a query may see: (B, L, S), True for those it may.
+
+  Keys at or before the query's position, fewer than `window` tokens back, of
+  the same document. Positions count from each document's start.
+  """
+  distance_BxLxS = positions_BxL[:, :, None] - positions_BxS[:, None, :]
+  seen = (distance_BxLxS >= 0) & (distance_BxLxS < window)
+  if segments_BxL is not None:
+    seen &= segments_BxL[:, :, None] == segments_BxS[:, None, :]
+  return seen
+
+
+def _scores(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array) -> jax.Array:
+  """Scaled dot products in float32: (B, K, G, L, S)."""
+  scale = query_BxLxKxGxE.shape[-1] ** -0.5
+  return scale * jnp.einsum("blkge,bske->bkgls", query_BxLxKxGxE, key_BxSxKxE,
+                            preferred_element_type=jnp.float32)
+
+
+def dense_weights(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array,
+                  seen_BxLxS: jax.Array,
+                  config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
+  """softmax over the visible keys, and which keys have weight.
+
+  Returns:
+    weights (B, K, G, L, S) in float32 and a mask broadcastable to them.
+  """
+  mask = seen_BxLxS[:, None, None]
+  scores = softcap(_scores(query_BxLxKxGxE, key_BxSxKxE), config.logit_softcap)
+  return jax.nn.softmax(scores, where=mask), mask
+
+
+def spark_weights(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array,
+                  seen_BxLxS: jax.Array,
+                  config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
+  """softmax(top-k of the first P dims' scores) * softplus(the other dims').
+
+  arXiv 2506.06644, Eq. 7. Where the paper is silent: each part's scores are
+  scaled by its width^-0.5; statistics are over the visible keys alone, and all
+  are kept where there are at most k; the soft-cap acts on the scores that the
+  softmax sees, after the threshold has been taken from the raw ones (it is
+  monotone, so the ranking is the same); the best key is kept whatever the
+  threshold, so that no row is empty.
+
+  Returns:
+    As `dense_weights`. The weights of a query do not sum to 1.
+  """
+  split = [config.predictor_dim]
+  query_1, query_2 = jnp.split(query_BxLxKxGxE, split, axis=-1)
+  key_1, key_2 = jnp.split(key_BxSxKxE, split, axis=-1)
+  mask = seen_BxLxS[:, None, None]
+  scores = _scores(query_1, key_1)
+  theta = sparsify.statistical_threshold(
+      jax.lax.stop_gradient(scores), config.top_k, where=mask)
+  best = scores.max(-1, keepdims=True, where=mask, initial=-jnp.inf)
+  kept = mask & (scores >= jnp.minimum(theta, best))
+  weights = jax.nn.softmax(softcap(scores, config.logit_softcap), where=kept)
+  return weights * jax.nn.softplus(_scores(query_2, key_2)), kept
+
+
+WEIGHTS = {"dense": dense_weights, "spark": spark_weights}
+
+
+class Attention(nnx.Module):
+  """Projections, rotary positions, weights of the configured shape."""
+
+  def __init__(self, config: AttentionConfig, model_dim: int, rngs: nnx.Rngs):
+    heads, kv_heads, width = (config.num_query_heads, config.num_kv_heads,
+                              config.head_dim)
+    self.config = config
+    self.query_DxHxE = normal_param(rngs, (model_dim, heads, width), model_dim)
+    self.key_DxKxE = normal_param(rngs, (model_dim, kv_heads, width), model_dim)
+    self.value_DxKxE = normal_param(rngs, (model_dim, kv_heads, width),
+                                    model_dim)
+    self.output_HxExD = normal_param(rngs, (heads, width, model_dim),
+                                     heads * width)
+
+  def _rope(self, x: jax.Array, positions_BxL: jax.Array) -> jax.Array:
+    """Rotary positions, on each of Spark's two parts by itself."""
+    split = ([self.config.predictor_dim] if self.config.shape == "spark"
+             else [])
+    parts = jnp.split(x, split, axis=-1)
+    return jnp.concatenate(
+        [rope(p, positions_BxL, self.config.rope_base) for p in parts], -1)
+
+  def _attend(self, query_BxLxHxE: jax.Array, positions_BxL: jax.Array,
+              segments_BxL: jax.Array | None, keys: dict,
+              window: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Values mixed for some of the queries; keys attended; keys visible."""
+    seen_BxLxS = visible(positions_BxL, keys["positions"], segments_BxL,
+                         keys["segments"], window)
+    kv_heads = self.config.num_kv_heads
+    grouped = query_BxLxHxE.reshape(
+        *query_BxLxHxE.shape[:2], kv_heads, -1, self.config.head_dim)
+    weights, kept = WEIGHTS[self.config.shape](grouped, keys["key"],
+                                               seen_BxLxS, self.config)
+    weights = weights.astype(keys["value"].dtype)
+    mixed = jnp.einsum("bkgls,bske->blkge", weights, keys["value"])
+    # Kept keys, averaged over the heads (one, where the heads share a mask).
+    attended_BxL = kept.sum(-1).mean((1, 2))
+    return (mixed.reshape(query_BxLxHxE.shape), attended_BxL,
+            seen_BxLxS.sum(-1))
+
+  def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array,
+               segments_BxL: jax.Array | None, window: jax.Array,
+               cache: LayerCache | None):
+    """Attends from x to itself, or to a cache that x is first written to.
+
+    Args:
+      x_BxLxD: the layer's input.
+      positions_BxL: positions within the document.
+      segments_BxL: which document, or None for one document a row.
+      window: how many tokens a query sees, itself included.
+      cache: the layer's cache; then there is one document a row.
+
+    Returns:
+      The output (B, L, D), keys attended (B, L; mean over heads), keys visible
+      (B, L), and the cache with x's keys and values (None without one).
+    """
+    dtype = x_BxLxD.dtype
+    project = lambda w: constrain(
+        jnp.einsum("bld,dhe->blhe", x_BxLxD, w[...].astype(dtype)), "BxLxHxE")
+    query_BxLxHxE = self._rope(project(self.query_DxHxE), positions_BxL)
+    key = self._rope(project(self.key_DxKxE), positions_BxL)
+    value = project(self.value_DxKxE)
+    positions_BxS = positions_BxL
+    if cache is not None:
+      cache = cache.write(key, value, positions_BxL)
+      key, value = cache.key_BxSxKxE, cache.value_BxSxKxE
+      positions_BxS = jnp.broadcast_to(jnp.arange(key.shape[1]), key.shape[:2])
+    keys = dict(key=key, value=value, positions=positions_BxS,
+                segments=segments_BxL)
+    mixed, attended, seen = self._attend_in_chunks(
+        query_BxLxHxE, positions_BxL, segments_BxL, keys, window)
+    y_BxLxD = jnp.einsum("blhe,hed->bld", mixed,
+                         self.output_HxExD[...].astype(dtype))
+    return y_BxLxD, attended, seen, cache
+
+  def _attend_in_chunks(self, query_BxLxHxE, positions_BxL, segments_BxL, keys,
+                        window):
+    """`_attend`, `query_chunk` queries at a time where that is asked for.
+
+    Exact: a query's weights depend on no other query. Memory is linear in L,
+    since each chunk's weights are computed again in the backward pass.
+    """
+    chunk, length = self.config.query_chunk, query_BxLxHxE.shape[1]
+    if not chunk or length <= chunk or length % chunk:
+      return self._attend(query_BxLxHxE, positions_BxL, segments_BxL, keys,
+                          window)
+    chunks = length // chunk
+
+    def split(x):
+      return x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x):
+      return x.swapaxes(0, 1).reshape(x.shape[1], length, *x.shape[3:])
+
+    def body(part):
+      return self._attend(*part, keys, window)
+
+    parts = jax.tree.map(split, (query_BxLxHxE, positions_BxL, segments_BxL))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(body), parts))
+
+
+def layer_windows(config: AttentionConfig, num_layers: int) -> list[int]:
+  """How many tokens a query of each layer sees, itself included."""
+  everything = 2**30
+  if not config.sliding_window:
+    return [everything] * num_layers
+  return [everything if (i + 1) % config.global_every == 0
+          else config.sliding_window for i in range(num_layers)]

@@ -1,0 +1,46 @@
+"""The key/value cache of decoding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """Keys and values of one layer; slot s of a row holds its position s.
+
+  A row's slots beyond its newest position hold leftovers. No query sees them:
+  a query at position p looks at the slots up to p.
+  """
+
+  key_BxSxKxE: jax.Array
+  value_BxSxKxE: jax.Array
+
+  def write(self, key_BxLxKxE: jax.Array, value_BxLxKxE: jax.Array,
+            positions_BxL: jax.Array) -> "LayerCache":
+    """The cache with each row's new tokens at their positions."""
+    rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
+
+    def put(cached, new):
+      return cached.at[rows_Bx1, positions_BxL].set(
+          new.astype(cached.dtype), mode="drop")
+
+    return LayerCache(put(self.key_BxSxKxE, key_BxLxKxE),
+                      put(self.value_BxSxKxE, value_BxLxKxE))
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int,
+                dtype: jnp.dtype) -> tuple[LayerCache, ...]:
+  """A cache of `length` slots for each layer.
+
+  One array pair a layer, so that a decode step with donated buffers writes in
+  place.
+  """
+  shape = (batch, length, config.attention.num_kv_heads,
+           config.attention.head_dim)
+  return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+               for _ in range(config.num_layers))

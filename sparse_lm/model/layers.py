@@ -1,0 +1,50 @@
+"""Small parts that the blocks share."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...],
+                 fan_in: int) -> nnx.Param:
+  """A float32 parameter drawn from N(0, 1 / fan_in)."""
+  values = jax.random.normal(rngs.params(), shape, jnp.float32)
+  return nnx.Param(values * fan_in**-0.5)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+  """cap * tanh(x / cap), which stays within +-cap; x itself for cap 0."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * (1 + scale), in float32 (Gemma's form: scale starts at 0)."""
+
+  def __init__(self, dim: int, epsilon: float):
+    self.scale_D = nnx.Param(jnp.zeros(dim, jnp.float32))
+    self.epsilon = epsilon
+
+  def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+    x = x_BxLxD.astype(jnp.float32)
+    mean_square = jnp.square(x).mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(mean_square + self.epsilon) * (1 + self.scale_D[...])
+    return x.astype(x_BxLxD.dtype)
+
+
+def rope(x: jax.Array, positions_BxL: jax.Array, base: float) -> jax.Array:
+  """Rotary position embedding over the last axis (arXiv 2104.09864).
+
+  The first half of the last axis pairs with the second half, as in Gemma.
+
+  Args:
+    x: (B, L, heads, width), width even.
+    positions_BxL: int positions within the document.
+    base: pair i of n turns by position * base^(-i/n) radians.
+  """
+  half = x.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions_BxL[..., None, None].astype(jnp.float32) * frequency
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin],
+                         axis=-1).astype(x.dtype)

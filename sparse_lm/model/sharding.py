@@ -1,0 +1,45 @@
+"""Which mesh axis each axis of an array is split over.
+
+An array's name ends in its axes, as in `query_DxHxE`, and that suffix is all
+there is to know: the tables below send each letter to mesh axes.
+"""
+
+import jax
+from jax.sharding import PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+# D is the axis that fsdp gathers just before use; F, H, K and V stay split.
+PARAMETER_AXES = {"D": "fsdp", "F": "tensor", "H": "tensor", "K": "tensor",
+                  "V": "tensor"}
+ACTIVATION_AXES = {"B": BATCH_AXES, "F": "tensor", "H": "tensor",
+                   "K": "tensor", "V": "tensor"}
+
+
+def axes_of(path: tuple) -> list[str]:
+  """["F", "D"] of a tree path that ends in "down_FxD"; [] without a suffix."""
+  name = str(getattr(path[-1], "key", "")) if path else ""
+  return name.rsplit("_", 1)[1].split("x") if "_" in name else []
+
+
+def parameter_spec(path: tuple, ndim: int) -> PartitionSpec:
+  """The split of the parameter at a tree path, or of its optimizer state.
+
+  Stacked layers add a leading axis N, which is never split. Vectors (norm
+  scales) and scalars are whole on every device.
+  """
+  letters = axes_of(path)
+  if len(letters) < 2:
+    return PartitionSpec()
+  axes = [PARAMETER_AXES.get(letter) for letter in letters]
+  return PartitionSpec(*[None] * (ndim - len(axes)), *axes)
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+  """Asks for the activation split of `axes`, such as "BxLxD".
+
+  Without a mesh (`jax.set_mesh`) it does nothing.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  spec = PartitionSpec(*(ACTIVATION_AXES.get(a) for a in axes.split("x")))
+  return jax.lax.with_sharding_constraint(x, spec)

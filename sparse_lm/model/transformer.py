@@ -1,0 +1,184 @@
+"""The decoder-only Transformer, in the manner of Gemma 2."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.config import ModelConfig
+from sparse_lm.model.attention import Attention, layer_windows
+from sparse_lm.model.cache import LayerCache
+from sparse_lm.model.ffn import FFN
+from sparse_lm.model.layers import RMSNorm, normal_param, softcap
+from sparse_lm.model.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+  """How sparse a forward pass was: sums over tokens, float32.
+
+  Sums, not means, so that micro-batches and devices add up exactly. Padding
+  tokens do not count.
+  """
+
+  tokens: jax.Array  # how many tokens the sums are over
+  active_neurons_N: jax.Array  # neurons with a non-zero activation
+  attended_keys_N: jax.Array  # keys with weight, mean over heads
+  visible_keys_N: jax.Array  # keys that the mask allows
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+  """The type of activations: `auto` is float32 on CPU, bfloat16 elsewhere."""
+  if config.compute_dtype != "auto":
+    return jnp.dtype(config.compute_dtype)
+  return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+class Block(nnx.Module):
+  """Attention and feed-forward, each between two norms, each added on."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def norm():
+      return RMSNorm(config.model_dim, config.norm_epsilon)
+
+    self.attention_norm, self.attention_out_norm = norm(), norm()
+    self.ffn_norm, self.ffn_out_norm = norm(), norm()
+    self.attention = Attention(config.attention, config.model_dim, rngs)
+    self.ffn = FFN(config.ffn, config.model_dim, rngs)
+
+  def __call__(self, x_BxLxD: jax.Array, window: jax.Array,
+               positions_BxL: jax.Array, segments_BxL: jax.Array | None,
+               cache: LayerCache | None):
+    """The block's output, (active, attended, visible) of (B, L), the cache."""
+    x_BxLxD = constrain(x_BxLxD, "BxLxD")
+    y, attended_BxL, visible_BxL, cache = self.attention(
+        self.attention_norm(x_BxLxD), positions_BxL, segments_BxL, window,
+        cache)
+    x_BxLxD = x_BxLxD + self.attention_out_norm(y)
+    y, active_BxL = self.ffn(self.ffn_norm(x_BxLxD))
+    x_BxLxD = x_BxLxD + self.ffn_out_norm(y)
+    return x_BxLxD, (active_BxL, attended_BxL, visible_BxL), cache
+
+
+class Transformer(nnx.Module):
+  """Tokens in, logits and sparsity statistics out.
+
+  The blocks' parameters are stored stacked, with a leading axis N, whether
+  the layers run scanned or unrolled: one layout for checkpoints and sharding.
+  `unstack` gives the layout for decoding, one block a layer.
+  """
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.dtype = compute_dtype(config)
+    self.embedding_VxD = normal_param(
+        rngs, (config.vocab_size, config.model_dim), config.model_dim)
+    keys = jax.random.split(rngs.params(), config.num_layers)
+    self.blocks = nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
+    self.final_norm = RMSNorm(config.model_dim, config.norm_epsilon)
+
+  def layers(self) -> Iterator[Block]:
+    """The blocks one by one, in either layout."""
+    if isinstance(self.blocks, nnx.List):
+      yield from self.blocks
+      return
+    graph, stacked = nnx.split(self.blocks)
+    for i in range(self.config.num_layers):
+      yield nnx.merge(graph, jax.tree.map(lambda x: x[i], stacked))
+
+  def hidden(self, tokens_BxL: jax.Array, positions_BxL: jax.Array,
+             segments_BxL: jax.Array | None = None,
+             cache: tuple[LayerCache, ...] | None = None):
+    """Everything but the output logits.
+
+    Args:
+      tokens_BxL: token ids.
+      positions_BxL: each token's position in its document.
+      segments_BxL: which document of the row, 0 for padding; None: one
+        document a row.
+      cache: from `empty_cache`; the tokens are written to it.
+
+    Returns:
+      The final hidden states (B, L, D), `Statistics`, and the new cache (None
+      without one).
+    """
+    x_BxLxD = jnp.take(self.embedding_VxD[...], tokens_BxL, axis=0)
+    x_BxLxD = x_BxLxD.astype(self.dtype) * self.config.model_dim**0.5
+    counted_BxL = (jnp.ones_like(tokens_BxL, bool) if segments_BxL is None
+                   else segments_BxL > 0)
+
+    def run(block, x, window, layer_cache):
+      x, per_token, layer_cache = block(x, window, positions_BxL, segments_BxL,
+                                        layer_cache)
+      sums = [s.sum(where=counted_BxL, dtype=jnp.float32) for s in per_token]
+      return x, sums, layer_cache
+
+    windows_N = layer_windows(self.config.attention, self.config.num_layers)
+    if self.config.scan_layers and cache is None:
+      x_BxLxD, sums = self._scan(run, x_BxLxD, jnp.array(windows_N))
+    else:
+      x_BxLxD, sums, cache = self._unroll(run, x_BxLxD, windows_N, cache)
+    tokens = counted_BxL.sum(dtype=jnp.float32)
+    return self.final_norm(x_BxLxD), Statistics(tokens, *sums), cache
+
+  def _scan(self, run, x_BxLxD, windows_N):
+    graph, stacked = nnx.split(self.blocks)
+
+    def body(x, layer):
+      state, window = layer
+      x, sums, _ = run(nnx.merge(graph, state), x, window, None)
+      return x, sums
+
+    return jax.lax.scan(self._remat(body), x_BxLxD, (stacked, windows_N))
+
+  def _unroll(self, run, x_BxLxD, windows_N, cache):
+    sums, caches = [], []
+    for i, block in enumerate(self.layers()):
+      graph, state = nnx.split(block)
+
+      def body(x, state, layer_cache, graph=graph, window=windows_N[i]):
+        return run(nnx.merge(graph, state), x, window, layer_cache)
+
+      x_BxLxD, layer_sums, layer_cache = self._remat(body)(
+          x_BxLxD, state, cache[i] if cache else None)
+      sums.append(layer_sums)
+      caches.append(layer_cache)
+    sums = [jnp.stack(s) for s in zip(*sums)]
+    return x_BxLxD, sums, tuple(caches) if cache else None
+
+  def _remat(self, body):
+    return jax.checkpoint(body) if self.config.remat == "block" else body
+
+  def unembed(self, x_BxLxD: jax.Array) -> jax.Array:
+    """Float32 logits (B, L, V) of final hidden states."""
+    logits_BxLxV = jnp.einsum("bld,vd->blv", x_BxLxD,
+                              self.embedding_VxD[...].astype(x_BxLxD.dtype),
+                              preferred_element_type=jnp.float32)
+    logits_BxLxV = constrain(logits_BxLxV, "BxLxV")
+    return softcap(logits_BxLxV, self.config.final_logit_softcap)
+
+  def __call__(self, tokens_BxL: jax.Array,
+               positions_BxL: jax.Array | None = None,
+               segments_BxL: jax.Array | None = None):
+    """Logits (B, L, V) in float32 and `Statistics` of whole sequences."""
+    if positions_BxL is None:
+      positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]),
+                                       tokens_BxL.shape)
+    x_BxLxD, statistics, _ = self.hidden(tokens_BxL, positions_BxL,
+                                         segments_BxL)
+    return self.unembed(x_BxLxD), statistics
+
+
+def unstack(model: Transformer) -> Transformer:
+  """The same model with one block a layer: the layout for decoding.
+
+  A decode step then reads each layer's weights where they lie, with no slice
+  to copy.
+  """
+  graph, state = nnx.split(model)
+  unstacked = nnx.merge(graph, state)
+  unstacked.blocks = nnx.List(model.layers())
+  return unstacked

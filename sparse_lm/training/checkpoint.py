@@ -1,0 +1,171 @@
+"""Checkpoints: Orbax, asynchronous, the last few and the best.
+
+A checkpoint holds three items: `params` (what evaluate and generate read),
+`rest` (optimizer and step) and `data` (the Grain iterator's position). Random
+keys need no saving: they derive from the seed, which is in `config.json`, and
+the step. Orbax writes to a temporary folder and renames it, so that a save cut
+short leaves nothing that looks like a checkpoint.
+"""
+
+from collections.abc import Callable
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from sparse_lm.config import Config
+from sparse_lm.errors import UserError
+from sparse_lm.training.step import TrainState, init_params
+
+FOLDER = "checkpoints"
+DAMAGED = "damaged_checkpoints"
+
+
+def _manager(folder: pathlib.Path, **options) -> ocp.CheckpointManager:
+  return ocp.CheckpointManager(
+      folder.absolute(), options=ocp.CheckpointManagerOptions(**options))
+
+
+def _newest_readable(manager: ocp.CheckpointManager,
+                     read: Callable[[int], Any], report: Callable[[str], None],
+                     on_damage: Callable[[int], None]) -> tuple[int, Any]:
+  """The newest step that `read` can read, and what it returned.
+
+  A file cut short shows up as an error of any type from deep inside, so every
+  exception counts as damage here; the message keeps what was said.
+  """
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      return step, read(step)
+    except Exception as e:  # pylint: disable=broad-exception-caught
+      reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+      report(f"warning: checkpoint {manager.directory / str(step)} cannot be "
+             f"read, trying the one before it ({reason})")
+      on_damage(step)
+  raise UserError(f"{manager.directory}: holds no checkpoint that can be read")
+
+
+class Checkpointer:
+  """Saves and restores the state of a run in `workdir/checkpoints`."""
+
+  def __init__(self, workdir: pathlib.Path, keep: int):
+    """Keeps the newest `keep` checkpoints and that of the lowest loss."""
+    self._workdir = workdir
+    policies = checkpoint_managers
+    self._manager = _manager(
+        workdir / FOLDER, cleanup_tmp_directories=True,
+        preservation_policy=policies.AnyPreservationPolicy([
+            policies.LatestN(n=keep),
+            policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True,
+                           n=1, keep_checkpoints_without_metrics=False)]))
+
+  def save(self, state: TrainState, data_iterator, loss: float | None) -> None:
+    """Starts a save; returns once the arrays are copied off the devices.
+
+    Args:
+      state: its step names the checkpoint.
+      data_iterator: the Grain iterator, after the step's batch.
+      loss: held-out loss at this step, where it was measured.
+    """
+    # Here, not at the top: reading a checkpoint needs no Grain.
+    from grain import checkpoint as grain_checkpoint  # pylint: disable=g-import-not-at-top
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+        step, metrics=None if loss is None else {"loss": loss},
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave(
+                {"step": state.step, "optimizer": state.optimizer}),
+            data=grain_checkpoint.CheckpointSave(data_iterator)))
+
+  def restore(self, state: TrainState, data_iterator,
+              report: Callable[[str], None]) -> TrainState | None:
+    """The newest readable checkpoint, or None where there is none at all.
+
+    A damaged one is moved to `workdir/damaged_checkpoints`, not deleted, and
+    the one before it is used.
+
+    Args:
+      state: shapes, types and shardings to restore to; the mesh may differ
+        from the one that saved.
+      data_iterator: is set to the checkpoint's position.
+      report: told of damage.
+    """
+    from grain import checkpoint as grain_checkpoint  # pylint: disable=g-import-not-at-top
+    if not self._manager.all_steps():
+      return None
+
+    def read(step):
+      return self._manager.restore(step, args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(state.params),
+          rest=ocp.args.StandardRestore(
+              {"step": state.step, "optimizer": state.optimizer}),
+          data=grain_checkpoint.CheckpointRestore(data_iterator)))
+
+    _, items = _newest_readable(self._manager, read, report, self._set_aside)
+    return TrainState(items.rest["step"], items.params,
+                      items.rest["optimizer"])
+
+  def _set_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      target = self._workdir / DAMAGED
+      target.mkdir(exist_ok=True)
+      number = sum(1 for _ in target.glob(f"{step}*"))
+      (self._workdir / FOLDER / str(step)).rename(
+          target / (f"{step}.{number}" if number else str(step)))
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Returns when every save that was started is complete."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def load_params(workdir: pathlib.Path, params: Any,
+                report: Callable[[str], None],
+                step: int | None = None) -> tuple[int, Any]:
+  """The parameters of a run's checkpoint, and its step. Changes nothing.
+
+  Args:
+    workdir: the run's folder.
+    params: shapes, types and shardings.
+    report: told when a damaged checkpoint is passed over.
+    step: which checkpoint; None: the newest readable one.
+
+  Raises:
+    UserError: where there is no such checkpoint.
+  """
+  folder = workdir / FOLDER
+  if not folder.is_dir():
+    raise UserError(f"{workdir}: holds no checkpoints; train a model there "
+                    "first (make train)")
+  with _manager(folder, read_only=True) as manager:
+    steps = sorted(manager.all_steps())
+    if step is not None and step not in steps:
+      raise UserError(f"--step: {folder} has no checkpoint {step}; it has "
+                      f"{', '.join(map(str, steps)) or 'none'}")
+
+    def read(number):
+      return manager.restore(number, args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(params))).params
+
+    if step is not None:
+      return step, read(step)
+    return _newest_readable(manager, read, report, lambda _: None)
+
+
+def load_run_params(workdir: pathlib.Path, config: Config,
+                    report: Callable[[str], None],
+                    step: int | None = None) -> tuple[int, Any]:
+  """`load_params` of a run onto this process's first device."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = jax.eval_shape(lambda: init_params(config))
+  return load_params(
+      workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=sharding), shapes), report, step)

@@ -1,0 +1,320 @@
+"""The training loop.
+
+What happens on a start, in this order: the folder is claimed for the config;
+the data are prepared or reused; the mesh is made; the state is restored from
+the newest readable checkpoint, or created sharded; the steps are compiled; the
+loop runs. In the loop, step n is dispatched before the metrics of the steps
+before it are fetched, so that the devices never wait for the host.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_lm import flops
+from sparse_lm.config import Config
+from sparse_lm.data.pipeline import Corpus, open_corpus
+from sparse_lm.errors import UserError
+from sparse_lm.training import metrics as metrics_lib
+from sparse_lm.training import mesh as mesh_lib
+from sparse_lm.training import schedules, workdir as workdir_lib
+from sparse_lm.training.checkpoint import Checkpointer
+from sparse_lm.training.optimizer import make_optimizer
+from sparse_lm.training.step import (TrainState, init_state, make_eval_step,
+                                     make_train_step)
+
+Report = Callable[[str], None]
+
+
+class Stopped(Exception):
+  """The run was asked to stop; its state is saved."""
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What a finished run leaves in memory."""
+
+  state: TrainState
+  evaluation: dict[str, Any]  # see metrics.summarize
+  corpus: Corpus
+  resumed_complete: bool  # there was nothing left to train
+
+
+class StopSignal:
+  """Turns SIGTERM and SIGINT into a question that the loop asks each step.
+
+  In a cluster the question is put to JAX's preemption service, so that every
+  process gets the same answer at the same step.
+  """
+
+  def __init__(self):
+    self._name = ""
+    self._previous = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      numbers = ([signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1
+                 else [signal.SIGINT])
+      self._previous = {n: signal.signal(n, self._receive) for n in numbers}
+    return self
+
+  def _receive(self, number, frame):
+    del frame
+    self._name = signal.Signals(number).name
+    # A second one is not caught: it ends the process at once.
+    signal.signal(number, self._previous[number])
+
+  def __exit__(self, *unused):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def asked(self, step: int) -> str:
+    """The reason to stop after `step`, or an empty string."""
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
+      if multihost_utils.reached_preemption_sync_point(step):
+        return "preemption"
+    return self._name
+
+
+class Clock:
+  """Tokens per second of training alone: compile and evaluation left out."""
+
+  def __init__(self):
+    self._start = time.perf_counter()
+    self._paused = 0.0
+
+  def pause(self):
+    """A context manager whose time does not count."""
+    clock = self
+
+    class Pause:
+
+      def __enter__(self):
+        self.start = time.perf_counter()
+
+      def __exit__(self, *unused):
+        clock._paused += time.perf_counter() - self.start
+
+    return Pause()
+
+  def lap(self) -> float:
+    """Seconds of training since the last lap."""
+    now = time.perf_counter()
+    seconds = now - self._start - self._paused
+    self._start, self._paused = now, 0.0
+    return max(seconds, 1e-9)
+
+
+class Trainer:
+  """One run: its compiled steps, its state and its files."""
+
+  def __init__(self, config: Config, workdir: pathlib.Path, report: Report):
+    self.config, self.workdir = config, workdir
+    self.report = report if jax.process_index() == 0 else lambda _: None
+    workdir_lib.claim(workdir, config)
+    self.corpus = open_corpus(config)
+    workdir_lib.claim_data(workdir, self.corpus)
+    self.mesh = mesh_lib.make_mesh(config)
+    self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
+    self.batches = iter(self.corpus.train(jax.process_index(),
+                                          jax.process_count()))
+    with jax.set_mesh(self.mesh):
+      self.state = self._restore_or_create()
+    self.step = int(self.state.step)
+    self.writer = metrics_lib.MetricsWriter(workdir, self.step)
+    self.text_bytes_V = metrics_lib.text_bytes(config.model,
+                                               self.corpus.tokenizer)
+    self._unlogged = []  # (step, metrics on the devices) since the last line
+    self._evaluation = None  # (step, summary) of the newest evaluation
+
+  def _restore_or_create(self) -> TrainState:
+    optimizer = make_optimizer(self.config.training)
+    create = functools.partial(init_state, self.config, optimizer)
+    shapes = jax.eval_shape(create)
+    shardings = mesh_lib.shardings(self.mesh, shapes)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes, shardings)
+    state = self.checkpointer.restore(abstract, self.batches, self.report)
+    if state is not None:
+      return state
+    return jax.jit(create, out_shardings=shardings)()
+
+  def _compile_train_step(self, batch):
+    training = self.config.training
+    step = make_train_step(
+        self.config, make_optimizer(training),
+        schedules.learning_rate(training.optimizer, training.num_steps),
+        self.text_bytes_V)
+    shardings = mesh_lib.shardings(self.mesh, self.state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    start = time.perf_counter()
+    compiled = jitted.lower(self.state, batch).compile()
+    self.report(f"compiled the training step in "
+                f"{time.perf_counter() - start:.1f} s")
+    return compiled
+
+  @functools.cached_property
+  def _eval_step(self):
+    return jax.jit(make_eval_step(self.config, self.text_bytes_V))
+
+  def evaluate(self) -> dict[str, Any]:
+    """Loss and sparsity on held-out data; once per step."""
+    if self._evaluation and self._evaluation[0] == self.step:
+      return self._evaluation[1]
+    batches = self.corpus.evaluation(
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        batches=self.config.training.eval_batches)
+    sums = [self._eval_step(self.state.params,
+                            mesh_lib.place_batch(self.mesh, batch))
+            for batch in batches]
+    summary = metrics_lib.summarize(metrics_lib.add_up(sums),
+                                    self.config.model)
+    self.writer.write(self.step, "eval", summary)
+    self._evaluation = (self.step, summary)
+    return summary
+
+  def _save(self, loss: float | None = None) -> None:
+    self.checkpointer.save(self.state, self.batches, loss)
+
+  def run(self) -> None:
+    """Trains from where the state is to the last step.
+
+    Raises:
+      Stopped: after a signal, with the state saved.
+      UserError: when the loss is no longer a number.
+    """
+    training = self.config.training
+    batch = mesh_lib.place_batch(self.mesh, next(self.batches))
+    train_step = self._compile_train_step(batch)
+    self.clock = Clock()
+    with StopSignal() as stop:
+      while True:
+        self.state, metrics = train_step(self.state, batch)
+        if self._due():  # Fetched while the step above runs.
+          self._log()
+        self.step += 1
+        self._unlogged.append((self.step, metrics))
+        last = self.step == training.num_steps
+        reason = "" if last else stop.asked(self.step)
+        if last or reason or self.step % training.checkpoint_every == 0 or (
+            self.step % training.eval_every == 0):
+          self._log()  # Raises before a NaN could be saved.
+          with self.clock.pause():
+            self._evaluate_and_save(last, reason)
+        if reason:
+          raise Stopped(f"{reason}: saved at step {self.step}; the same "
+                        "command goes on from there")
+        if last:
+          return
+        batch = mesh_lib.place_batch(self.mesh, next(self.batches))
+
+  def _due(self) -> bool:
+    return (bool(self._unlogged)
+            and self._unlogged[-1][0] % self.config.training.log_every == 0)
+
+  def _evaluate_and_save(self, last: bool, reason: str) -> None:
+    training, loss = self.config.training, None
+    if last or self.step % training.eval_every == 0:
+      summary = self.evaluate()
+      loss = summary["loss"]
+      self.report(f"step {self.step:>6}  held out: loss {loss:.4f}  "
+                  f"{summary['bits_per_byte']:.3f} bits/byte")
+    if last or reason or self.step % training.checkpoint_every == 0:
+      self._save(loss)
+    if last or reason:
+      self.checkpointer.wait()
+
+  def _log(self) -> None:
+    """Fetches the metrics since the last line, checks, writes, prints."""
+    if not self._unlogged:
+      return
+    window, self._unlogged = self._unlogged, []
+    steps = [step for step, _ in window]
+    fetched = jax.device_get([m for _, m in window])
+    for step, m in zip(steps, fetched):
+      if not (np.isfinite(m["sums"].loss)
+              and np.isfinite(m["gradient_norm"])):
+        self._stop_at_nan(step)
+    sums = metrics_lib.add_up([m["sums"] for m in fetched])
+    seconds = self.clock.lap()
+    summary = metrics_lib.summarize(sums, self.config.model)
+    rows = self.config.training.batch_size * len(window)
+    rate = rows * self.config.model.context_length / seconds
+    summary |= dict(
+        gradient_norm=float(fetched[-1]["gradient_norm"]),
+        learning_rate=float(fetched[-1]["learning_rate"]),
+        tokens_per_second=rate, **self._utilization(rate))
+    self.writer.write(steps[-1], "train", summary)
+    self._print_progress(steps[-1], summary, seconds / len(window))
+
+  def _stop_at_nan(self, step: int) -> None:
+    self.checkpointer.wait()
+    raise UserError(
+        f"step {step}: the loss or its gradient is not a finite number; the "
+        f"last good checkpoint is in {self.workdir / 'checkpoints'}. Try a "
+        "lower config.training.optimizer.learning_rate or another "
+        "config.training.seed in a new workdir")
+
+  def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+    """Model FLOPs utilization: a step is 3 dense forward passes of FLOPs."""
+    peak = flops.peak_flops(jax.devices()[0])
+    if peak is None:
+      return {}
+    used = 3 * flops.dense_flops(self.config.model).total * tokens_per_second
+    return {"mfu": used / (peak * jax.device_count())}
+
+  def _print_progress(self, step, summary, seconds_per_step) -> None:
+    num_steps = self.config.training.num_steps
+    left = (num_steps - step) * seconds_per_step
+    mfu = f"  MFU {summary['mfu']:.1%}" if "mfu" in summary else ""
+    self.report(
+        f"step {step:>{len(str(num_steps))}}/{num_steps}"
+        f"  loss {summary['loss']:.4f}"
+        f"  {summary['bits_per_byte']:.3f} bits/byte"
+        f"  {summary['tokens_per_second']:,.0f} tokens/s{mfu}"
+        f"  active neurons {summary['active_fraction']:.1%}"
+        f"  keys attended {summary['attended_keys']:.1f}"
+        f"  ETA {math.floor(left / 60)}m{left % 60:02.0f}s")
+
+  def close(self) -> None:
+    self.checkpointer.close()
+    self.writer.close()
+
+
+def train(config: Config, workdir: pathlib.Path,
+          report: Report = print) -> Outcome:
+  """Trains, or goes on training, the run in `workdir`.
+
+  Args:
+    config: the experiment.
+    workdir: where its files go: config.json, tokenizer.json, metrics.jsonl,
+      tensorboard/, checkpoints/.
+    report: called with each line of progress.
+
+  Raises:
+    UserError: see the module that the message names.
+    Stopped: after SIGTERM or SIGINT, with the state saved.
+  """
+  trainer = Trainer(config, pathlib.Path(workdir), report)
+  complete = trainer.step >= config.training.num_steps
+  try:
+    with jax.set_mesh(trainer.mesh):
+      if trainer.step and not complete:
+        trainer.report(f"resuming from step {trainer.step}")
+      if not complete:
+        trainer.run()
+      evaluation = trainer.evaluate()
+  finally:
+    trainer.close()
+  return Outcome(trainer.state, evaluation, trainer.corpus, complete)

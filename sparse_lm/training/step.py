@@ -1,0 +1,138 @@
+"""One training step, one evaluation step: pure functions to be jitted."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_lm.config import Config
+from sparse_lm.model import Transformer
+from sparse_lm.model.transformer import Statistics
+from sparse_lm.training.loss import loss_sums
+
+Batch = dict[str, jax.Array]  # as data/pipeline.py makes them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that training changes. Random keys derive from the seed and `step`."""
+
+  step: jax.Array  # steps taken
+  params: Any  # nested dict; a leaf's name ends in its axes
+  optimizer: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """What a pass over some tokens adds up to; `+` joins micro-batches."""
+
+  loss: jax.Array  # cross-entropy, nats
+  z_loss: jax.Array  # log(Z)^2
+  tokens: jax.Array  # predictions that count
+  text_bytes: jax.Array  # bytes of text that they stand for
+  statistics: Statistics
+
+  def __add__(self, other: "Sums") -> "Sums":
+    return jax.tree.map(jnp.add, self, other)
+
+
+def init_params(config: Config) -> Any:
+  """Fresh parameters from the seed, as a nested dict."""
+  model = Transformer(config.model, nnx.Rngs(config.training.seed))
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def init_state(config: Config,
+               optimizer: optax.GradientTransformation) -> TrainState:
+  """A fresh state from the seed. Jit it with shardings to create it sharded."""
+  params = init_params(config)
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def model_graph(config: Config) -> nnx.GraphDef:
+  """The model without its parameters: `nnx.merge(graph, params)` joins them."""
+  model = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0)))
+  return nnx.graphdef(model)
+
+
+def forward(model: Transformer, batch: Batch, text_bytes_V: jax.Array,
+            loss_chunk: int) -> Sums:
+  """Loss and sparsity of a batch, as sums over its tokens."""
+  x_BxLxD, statistics, _ = model.hidden(
+      batch["tokens_BxL"], batch["positions_BxL"], batch["segment_ids_BxL"])
+  targets_BxL, weights_BxL = batch["targets_BxL"], batch["weights_BxL"]
+  loss, z_loss = loss_sums(model, x_BxLxD, targets_BxL, weights_BxL,
+                           loss_chunk)
+  text_bytes = (jnp.take(text_bytes_V, targets_BxL) * weights_BxL).sum()
+  return Sums(loss, z_loss, weights_BxL.sum(), text_bytes, statistics)
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """(B, ...) to (count, B / count, ...), each spread over all devices.
+
+  Row b goes to micro-batch b % count, so that a device's rows, which are
+  neighbours, stay on it.
+  """
+  return jax.tree.map(
+      lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_train_step(config: Config, optimizer: optax.GradientTransformation,
+                    learning_rate: optax.Schedule, text_bytes_V: jax.Array
+                    ) -> Callable[[TrainState, Batch], tuple]:
+  """`(state, batch) -> (state, metrics)`.
+
+  The loss is a sum over tokens divided by the whole batch's token count, so
+  the gradient does not depend on how the batch is split over micro-batches or
+  devices.
+  """
+  training, graph = config.training, model_graph(config)
+
+  def loss_fn(params, batch, tokens):
+    sums = forward(nnx.merge(graph, params), batch, text_bytes_V,
+                   training.loss_chunk)
+    return (sums.loss + training.z_loss * sums.z_loss) / tokens, sums
+
+  def gradients(params, batch):
+    tokens = jnp.maximum(batch["weights_BxL"].sum(), 1)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if training.micro_batches == 1:
+      return grad_fn(params, batch, tokens)
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, grad_fn(params, part, tokens)), None
+
+    parts = _micro_batches(batch, training.micro_batches)
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts),
+                            tokens)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+  def train_step(state: TrainState, batch: Batch):
+    grads, sums = gradients(state.params, batch)
+    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = dict(sums=sums, gradient_norm=optax.global_norm(grads),
+                   learning_rate=jnp.asarray(learning_rate(state.step),
+                                             jnp.float32))
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def make_eval_step(config: Config, text_bytes_V: jax.Array
+                   ) -> Callable[[Any, Batch], Sums]:
+  """`(params, batch) -> Sums`."""
+  graph = model_graph(config)
+
+  def eval_step(params, batch):
+    return forward(nnx.merge(graph, params), batch, text_bytes_V,
+                   config.training.loss_chunk)
+
+  return eval_step
