@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 from absl import flags
+from absl import logging
 import ml_collections
 from ml_collections import config_flags
 
@@ -93,6 +94,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a command; mistakes of the user's become one line and status 2."""
   # Grain's worker processes read absl's flags, which nothing here parses.
   flags.FLAGS.mark_as_parsed()
+  # Libraries' warnings would bury the few lines that are meant to be read.
+  logging.set_verbosity(logging.ERROR)
   try:
     main(sys.argv[1:])
   except UserError as e:

@@ -45,10 +45,11 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(143)  # 128 + SIGTERM: a scheduler sees that it did not finish.
   if jax.process_index() != 0:
     return
-  if outcome.resumed_complete:
+  if outcome is None:
     print(f"{args.workdir}: this run is complete ({config.training.num_steps} "
-          "steps). To start another, name another --workdir (make train "
-          "WORKDIR=runs/another)")
+          "steps). To see it again: python -m sparse_lm.evaluate --workdir="
+          f"{args.workdir}. To start another, name another --workdir (make "
+          "train WORKDIR=runs/another)")
     return
   if jax.process_count() == 1:
     _finish(outcome, config, args.workdir)

@@ -12,6 +12,8 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
+from sparse_lm.errors import UserError
+
 Path = pathlib.Path
 Folder = tuple[Path, frozenset[str]]  # a folder, and subfolder names to skip
 
@@ -87,6 +89,9 @@ class DocumentBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing to download
     splits = self._scan()
+    if not any(splits.values()):
+      raise UserError(
+          f"config.data.dataset: {self.name} holds no text: {self.summary()}")
     return {name: self._generate_examples(splits[name])
             for name in ("train", "validation", "test") if splits[name]}
 

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import fcntl
 import hashlib
+import importlib
 import io
 import os
 import pathlib
@@ -42,7 +43,7 @@ class Documents:
 
 def prepare(data: DataConfig) -> Builder:
   """The builder of `data.dataset`, its data in the cache."""
-  with _locked(data.cache_dir) as cache:
+  with _locked(data) as cache:
     builder = _make_builder(data, cache)
     if not builder.data_path.exists():  # TFDS renames it into place
       if isinstance(builder, documents.DocumentBuilder):
@@ -88,7 +89,7 @@ def open_tokenizer(builder: Builder, data: DataConfig,
   source = hashlib.sha256(f"{data.train_split}|{data.text_key}".encode())
   file = pathlib.Path(
       builder.data_dir, f"bpe-{vocab_size}-{source.hexdigest()[:8]}.json")
-  with _locked(data.cache_dir):
+  with _locked(data):
     if not file.exists():
       texts = open_documents(builder, data, "train_split")
       trained = tokenizer_lib.train_bpe(
@@ -109,12 +110,17 @@ def fingerprint(builder: Builder) -> str:
 
 
 @contextlib.contextmanager
-def _locked(cache_dir: str) -> Iterator[pathlib.Path]:
-  """Holds the cache, so that of two processes one prepares and one waits."""
-  cache = pathlib.Path(cache_dir).expanduser()
+def _locked(data: DataConfig) -> Iterator[pathlib.Path]:
+  """Holds a dataset, so that of two processes one prepares and one waits.
+
+  Yields:
+    The cache folder.
+  """
+  cache = pathlib.Path(data.cache_dir).expanduser()
+  name = data.dataset.replace("/", "-")
   try:
     cache.mkdir(parents=True, exist_ok=True)
-    lock = (cache / ".lock").open("w")
+    lock = (cache / f".{name}.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
   except OSError as error:
     raise UserError(
@@ -142,6 +148,8 @@ def _make_builder(data: DataConfig, cache: pathlib.Path) -> Builder:
 
 
 def _named_builder(name: str, cache: pathlib.Path) -> Builder:
+  # Without TensorFlow, TFDS gives up importing its datasets before the texts.
+  importlib.import_module("tensorflow_datasets.text")
   try:
     return tfds.builder(name, data_dir=cache, file_format=_FORMAT)
   except tfds.core.DatasetNotFoundError as error:
@@ -149,7 +157,7 @@ def _named_builder(name: str, cache: pathlib.Path) -> Builder:
     near = difflib.get_close_matches(name.partition("/")[0], known)
     raise UserError(f"config.data.dataset: TFDS knows no {name!r}; nearest: "
                     f"{', '.join(near) or 'none'}") from error
-  except (ValueError, RuntimeError, ImportError) as error:
+  except Exception as error:  # datasets raise all kinds
     raise UserError(f"config.data.dataset: {_one_line(error)}") from error
 
 
@@ -172,7 +180,7 @@ def _download(builder: Builder, data: DataConfig) -> None:
   """TFDS reports its own progress: a download may take hours."""
   try:
     builder.download_and_prepare()
-  except Exception as error:  # datasets raise all kinds
+  except Exception as error:
     raise UserError(f"config.data.dataset: cannot prepare {data.dataset}: "
                     f"{_one_line(error)}") from error
 

@@ -109,7 +109,8 @@ class Stream:
 def _token_bytes(inner: tokenizers.Tokenizer, vocab: dict[str, int],
                  size: int) -> np.ndarray:
   """Exact for byte-level and SentencePiece vocabularies, near for others."""
-  byte_level = '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
+  decoder = json.loads(inner.to_str())["decoder"]
+  byte_level = '"ByteLevel"' in json.dumps(decoder)
   added = inner.get_added_tokens_decoder()
   counts = np.zeros(size, np.int32)
   for token, i in vocab.items():

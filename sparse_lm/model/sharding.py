@@ -13,6 +13,12 @@ PARAMETER_AXES = {"D": "fsdp", "F": "tensor", "H": "tensor", "K": "tensor",
                   "V": "tensor"}
 ACTIVATION_AXES = {"B": BATCH_AXES, "F": "tensor", "H": "tensor",
                    "K": "tensor", "V": "tensor"}
+# Where the embedding (V, D) is used, fsdp does not split the batch, so that
+# what travels is hidden states and never the whole embedding, far larger. At
+# the lookup fsdp splits D, as it does the stored parameter; at the output
+# logits, the vocabulary.
+LOOKUP_AXES = {"B": "data", "V": "tensor", "D": "fsdp"}
+LOGITS_AXES = {"B": "data", "V": ("fsdp", "tensor")}
 
 
 def axes_of(path: tuple) -> list[str]:
@@ -34,12 +40,14 @@ def parameter_spec(path: tuple, ndim: int) -> PartitionSpec:
   return PartitionSpec(*[None] * (ndim - len(axes)), *axes)
 
 
-def constrain(x: jax.Array, axes: str) -> jax.Array:
-  """Asks for the activation split of `axes`, such as "BxLxD".
+def constrain(x: jax.Array, axes: str,
+              table: dict[str, str | tuple[str, ...]] = ACTIVATION_AXES
+              ) -> jax.Array:
+  """Asks for the split that `table` gives to `axes`, such as "BxLxD".
 
   Without a mesh (`jax.set_mesh`) it does nothing.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  spec = PartitionSpec(*(ACTIVATION_AXES.get(a) for a in axes.split("x")))
+  spec = PartitionSpec(*(table.get(a) for a in axes.split("x")))
   return jax.lax.with_sharding_constraint(x, spec)

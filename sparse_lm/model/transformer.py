@@ -12,7 +12,7 @@ from sparse_lm.model.attention import Attention, layer_windows
 from sparse_lm.model.cache import LayerCache
 from sparse_lm.model.ffn import FFN
 from sparse_lm.model.layers import RMSNorm, normal_param, softcap
-from sparse_lm.model.sharding import constrain
+from sparse_lm.model.sharding import LOGITS_AXES, LOOKUP_AXES, constrain
 
 
 @jax.tree_util.register_dataclass
@@ -105,8 +105,9 @@ class Transformer(nnx.Module):
       The final hidden states (B, L, D), `Statistics`, and the new cache (None
       without one).
     """
-    x_BxLxD = jnp.take(self.embedding_VxD[...], tokens_BxL, axis=0)
-    x_BxLxD = x_BxLxD.astype(self.dtype) * self.config.model_dim**0.5
+    x_BxLxD = jnp.take(self._embedding(), tokens_BxL, axis=0)
+    x_BxLxD = constrain(x_BxLxD.astype(self.dtype), "BxLxD", LOOKUP_AXES)
+    x_BxLxD = x_BxLxD * self.config.model_dim**0.5
     counted_BxL = (jnp.ones_like(tokens_BxL, bool) if segments_BxL is None
                    else segments_BxL > 0)
 
@@ -152,12 +153,30 @@ class Transformer(nnx.Module):
   def _remat(self, body):
     return jax.checkpoint(body) if self.config.remat == "block" else body
 
-  def unembed(self, x_BxLxD: jax.Array) -> jax.Array:
-    """Float32 logits (B, L, V) of final hidden states."""
+  def _embedding(self) -> jax.Array:
+    """The embedding (V, D), split as a lookup needs it."""
+    return constrain(self.embedding_VxD[...], "VxD", LOOKUP_AXES)
+
+  def output_embedding(self) -> jax.Array:
+    """The embedding (V, D), split as `unembed` needs it."""
+    return constrain(self._embedding(), "VxD", LOGITS_AXES)
+
+  def unembed(self, x_BxLxD: jax.Array,
+              embedding_VxD: jax.Array | None = None) -> jax.Array:
+    """Float32 logits (B, L, V) of final hidden states.
+
+    Args:
+      x_BxLxD: the hidden states.
+      embedding_VxD: `output_embedding()`, for a caller in a loop: what is made
+        outside is made once.
+    """
+    if embedding_VxD is None:
+      embedding_VxD = self.output_embedding()
+    x_BxLxD = constrain(x_BxLxD, "BxLxD", LOGITS_AXES)
     logits_BxLxV = jnp.einsum("bld,vd->blv", x_BxLxD,
-                              self.embedding_VxD[...].astype(x_BxLxD.dtype),
+                              embedding_VxD.astype(x_BxLxD.dtype),
                               preferred_element_type=jnp.float32)
-    logits_BxLxV = constrain(logits_BxLxV, "BxLxV")
+    logits_BxLxV = constrain(logits_BxLxV, "BxLxV", LOGITS_AXES)
     return softcap(logits_BxLxV, self.config.final_logit_softcap)
 
   def __call__(self, tokens_BxL: jax.Array,

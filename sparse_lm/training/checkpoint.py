@@ -127,6 +127,14 @@ class Checkpointer:
     self._manager.close()
 
 
+def latest_step(workdir: pathlib.Path) -> int:
+  """The newest checkpoint's step, readable or not; 0 where there is none."""
+  folder = workdir / FOLDER
+  if not folder.is_dir():
+    return 0
+  return max(ocp.utils.checkpoint_steps(folder), default=0)
+
+
 def load_params(workdir: pathlib.Path, params: Any,
                 report: Callable[[str], None],
                 step: int | None = None) -> tuple[int, Any]:

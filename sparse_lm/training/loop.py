@@ -27,7 +27,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.training import metrics as metrics_lib
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training import schedules, workdir as workdir_lib
-from sparse_lm.training.checkpoint import Checkpointer
+from sparse_lm.training.checkpoint import Checkpointer, latest_step
 from sparse_lm.training.optimizer import make_optimizer
 from sparse_lm.training.step import (TrainState, init_state, make_eval_step,
                                      make_train_step)
@@ -46,7 +46,6 @@ class Outcome:
   state: TrainState
   evaluation: dict[str, Any]  # see metrics.summarize
   corpus: Corpus
-  resumed_complete: bool  # there was nothing left to train
 
 
 class StopSignal:
@@ -121,7 +120,6 @@ class Trainer:
   def __init__(self, config: Config, workdir: pathlib.Path, report: Report):
     self.config, self.workdir = config, workdir
     self.report = report if jax.process_index() == 0 else lambda _: None
-    workdir_lib.claim(workdir, config)
     self.corpus = open_corpus(config)
     workdir_lib.claim_data(workdir, self.corpus)
     self.mesh = mesh_lib.make_mesh(config)
@@ -288,12 +286,13 @@ class Trainer:
         f"  ETA {math.floor(left / 60)}m{left % 60:02.0f}s")
 
   def close(self) -> None:
+    self.batches.close()
     self.checkpointer.close()
     self.writer.close()
 
 
 def train(config: Config, workdir: pathlib.Path,
-          report: Report = print) -> Outcome:
+          report: Report = print) -> Outcome | None:
   """Trains, or goes on training, the run in `workdir`.
 
   Args:
@@ -302,19 +301,23 @@ def train(config: Config, workdir: pathlib.Path,
       tensorboard/, checkpoints/.
     report: called with each line of progress.
 
+  Returns:
+    The end of the run; None where the run was complete already.
+
   Raises:
-    UserError: see the module that the message names.
+    UserError: on a mistake of the user's; the message names key or file.
     Stopped: after SIGTERM or SIGINT, with the state saved.
   """
-  trainer = Trainer(config, pathlib.Path(workdir), report)
-  complete = trainer.step >= config.training.num_steps
+  workdir = pathlib.Path(workdir)
+  workdir_lib.claim(workdir, config)
+  if latest_step(workdir) >= config.training.num_steps:
+    return None
+  trainer = Trainer(config, workdir, report)
   try:
     with jax.set_mesh(trainer.mesh):
-      if trainer.step and not complete:
+      if trainer.step:
         trainer.report(f"resuming from step {trainer.step}")
-      if not complete:
-        trainer.run()
-      evaluation = trainer.evaluate()
+      trainer.run()
+      return Outcome(trainer.state, trainer.evaluate(), trainer.corpus)
   finally:
     trainer.close()
-  return Outcome(trainer.state, evaluation, trainer.corpus, complete)

@@ -1,5 +1,7 @@
 """Devices: joining a cluster, arranging a mesh, placing arrays on it."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
@@ -26,19 +28,21 @@ def join_cluster(config: MeshConfig) -> None:
                       f"detected ({str(e).splitlines()[0]})") from e
 
 
-def make_mesh(config: Config) -> Mesh:
-  """The mesh of all devices, with axes data, fsdp and tensor.
+def make_mesh(config: Config,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of `devices` (None: all), with axes data, fsdp and tensor.
 
   Raises:
     UserError: where the mesh does not fit the devices or the model.
   """
-  shape, devices = config.training.mesh, jax.device_count()
+  shape = config.training.mesh
+  devices = jax.devices() if devices is None else devices
   rest = shape.fsdp * shape.tensor
-  data = devices // rest if shape.data == -1 else shape.data
-  if data * rest != devices:
+  data = len(devices) // rest if shape.data == -1 else shape.data
+  if data * rest != len(devices):
     raise UserError(
         f"config.training.mesh: data={shape.data} x fsdp={shape.fsdp} x "
-        f"tensor={shape.tensor} does not fit {devices} device(s)")
+        f"tensor={shape.tensor} does not fit {len(devices)} device(s)")
   model, training = config.model, config.training
   micro_batch = training.batch_size // training.micro_batches
   for key, size, parts, axis in (
@@ -50,12 +54,12 @@ def make_mesh(config: Config) -> Mesh:
       ("model.ffn.num_neurons", model.ffn.num_neurons, shape.tensor, "tensor"),
       ("model.attention.num_kv_heads", model.attention.num_kv_heads,
        shape.tensor, "tensor"),
-      ("model.vocab_size", model.vocab_size, shape.tensor, "tensor")):
+      ("model.vocab_size", model.vocab_size, rest, "fsdp x tensor")):
     if size % parts:
       raise UserError(f"config.{key}: {size} is not divisible by the mesh's "
                       f"{axis}={parts}")
   return jax.make_mesh((data, shape.fsdp, shape.tensor), AXES,
-                       axis_types=(AxisType.Auto,) * 3)
+                       axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def shardings(mesh: Mesh, tree):

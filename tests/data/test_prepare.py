@@ -1,5 +1,6 @@
 """Datasets of TFDS by name, with one defined here."""
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
@@ -18,7 +19,7 @@ class FakeSongs(tfds.core.GeneratorBasedBuilder):
         builder=self, features=tfds.features.FeaturesDict({
             "lyrics": tfds.features.Text(),
             "title": tfds.features.Text(),
-            "year": tfds.features.Scalar("int32")}))
+            "year": tfds.features.Scalar(np.int32)}))
 
   def _split_generators(self, dl_manager):
     return {"train": self._generate_examples(100)}
@@ -69,6 +70,13 @@ def test_trained_tokenizer_is_kept_per_split(config):
   pipeline.open_corpus(
       config_lib.replace(bpe, **{"data.train_split": "train[:10%]"}))
   assert len(list(folder.glob("bpe-280-*"))) == 2
+
+
+@pytest.mark.parametrize("name", ["lm1b", "c4", "wiki40b/en",
+                                  "tiny_shakespeare"])
+def test_real_datasets_are_known(name, tmp_path):
+  builder = prepare._named_builder(name, tmp_path)
+  prepare._check_text_key(builder, "text")
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -11,14 +11,17 @@ from tokenizers import decoders, models, normalizers
 from sparse_lm.data import tokenizer as lib
 from sparse_lm.errors import UserError
 
-_SAMPLE = [f"def f{i}(x):\n    return x + {i}  # naïve 😀\n" for i in range(200)]
+_SAMPLE = [f"def f{i}(x):\n    return x + {i}  # naïve 😀\n"
+           for i in range(200)]
 _BYTES = lib.byte_tokenizer()
 _BPE = lib.train_bpe(_SAMPLE, 400)
 
-both = pytest.mark.parametrize("tokenizer", [_BYTES, _BPE], ids=["bytes", "bpe"])
+both = pytest.mark.parametrize(
+    "tokenizer", [_BYTES, _BPE], ids=["bytes", "bpe"])
 # Whatever has a UTF-8 form: surrogates do not.
 any_text = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
-    ["<|endoftext|>", " <|endoftext|>x", "👩‍👩‍👧 é\u0301\r\n\t\x00", "\ufffd", *_SAMPLE])
+    ["<|endoftext|>", " <|endoftext|>x", "👩‍👩‍👧 é\u0301\r\n\t\x00",
+     "\ufffd", *_SAMPLE])
 
 
 @both
@@ -44,7 +47,8 @@ def test_stream_joins_to_the_whole(tokenizer, data):
 
 def test_stream_holds_back_half_a_character():
   stream = _BYTES.stream()
-  assert [stream.feed(i) for i in "a😀b".encode()] == ["a", "", "", "", "😀", "b"]
+  pieces = [stream.feed(i) for i in "a😀b".encode()]
+  assert pieces == ["a", "", "", "", "😀", "b"]
 
 
 def test_byte_ids_are_bytes():

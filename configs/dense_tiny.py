@@ -1,0 +1,18 @@
+"""The dense twin of spark_tiny: same data, tokens, parameters; no sparsity.
+
+Two of Spark's matrices hold as much as three of the gated GELU layer's at two
+thirds of the neurons.
+"""
+
+from sparse_lm import config as config_lib
+from sparse_lm.configs import spark_tiny
+
+
+def get_config() -> config_lib.Config:
+  spark = spark_tiny.get_config()
+  return config_lib.replace(spark, **{
+      "model.ffn.shape": "gated",
+      "model.ffn.sparsifier": "none",
+      "model.ffn.num_neurons": spark.model.ffn.num_neurons * 2 // 3,
+      "model.attention.shape": "dense",
+  })

@@ -1,0 +1,30 @@
+"""Spark Transformer at the shapes of Gemma-2 2B, for a pod."""
+
+from sparse_lm.config import (AttentionConfig, Config, DataConfig, FFNConfig,
+                              MeshConfig, ModelConfig, OptimizerConfig,
+                              TrainingConfig)
+
+
+def get_config() -> Config:
+  return Config(
+      model=ModelConfig(
+          vocab_size=256_000,
+          context_length=8192,
+          num_layers=26,
+          model_dim=2304,
+          ffn=FFNConfig(shape="spark", num_neurons=13_824, predictor_dim=1024,
+                        sparsifier="statistical_topk", active_fraction=0.08),
+          attention=AttentionConfig(
+              shape="spark", num_query_heads=8, num_kv_heads=4, head_dim=256,
+              predictor_dim=128, top_k=256, sliding_window=4096,
+              global_every=2, logit_softcap=50.0, query_chunk=512),
+          final_logit_softcap=30.0,
+          scan_layers=True,
+          remat="block"),
+      data=DataConfig(dataset="c4", tokenizer="bpe", shuffle_window=4096),
+      training=TrainingConfig(
+          num_steps=480_000, batch_size=512, micro_batches=2, loss_chunk=512,
+          optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2000),
+          mesh=MeshConfig(data=-1, fsdp=16),
+          log_every=50, eval_every=5000, eval_batches=32,
+          checkpoint_every=1000, keep_checkpoints=3))
