@@ -23,7 +23,7 @@ def get_config() -> Config:
           remat="block"),
       data=DataConfig(dataset="c4", tokenizer="bpe", shuffle_window=4096),
       training=TrainingConfig(
-          num_steps=480_000, batch_size=512, micro_batches=2, loss_chunk=512,
+          num_steps=480_000, batch_size=512, loss_chunk=512,
           optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2000),
           mesh=MeshConfig(data=-1, fsdp=16),
           log_every=50, eval_every=5000, eval_batches=32,

@@ -61,6 +61,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     if argument.startswith("--config."):
       key = argument.removeprefix("--config.").split("=", 1)[0]
       config_lib.check_key(key, config)
+    elif argument.startswith("--"):
+      raise UserError(f"{argument}: not a flag or a config key; overrides look "
+                      "like --config.training.num_steps=100")
   values = ml_collections.ConfigDict(config_lib.to_dict(config))
   argv = ["", *overrides]
   try:
@@ -71,8 +74,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   except (flags.Error, TypeError, ValueError) as e:
     raise UserError(" ".join(str(e).split()).removeprefix("flag ")) from e
   if unused:
-    raise UserError(f"{unused[0]}: not a flag or a config key; overrides look "
-                    "like --config.training.num_steps=100")
+    raise UserError(f"{unused[0]}: not a flag or a config key")
   return config_lib.from_dict(values.to_dict())
 
 

@@ -10,3 +10,46 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the suite's time. The commands, which run as
 # subprocesses, are compiled as users have them.
 jax.config.update("jax_disable_most_optimizations", True)
+
+import pathlib  # pylint: disable=g-import-not-at-top
+import random
+
+import pytest
+
+from sparse_lm import cli, config as config_lib
+
+TINY = pathlib.Path(__file__).with_name("tiny.py")
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+  """Thirty short documents of made-up words."""
+  folder = tmp_path_factory.mktemp("corpus")
+  draw = random.Random(0)
+  words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6)))
+           for _ in range(40)]
+  for i in range(30):
+    text = " ".join(draw.choices(words, k=draw.randint(40, 400)))
+    (folder / f"{i}.txt").write_text(f"the {text}.\n")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+  """Where prepared data are kept, for the whole session."""
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(corpus_folder, cache_folder):
+  """The flags that make the tiny experiment."""
+  return [f"--config={TINY}", f"--config.data.path={corpus_folder}",
+          f"--config.data.cache_dir={cache_folder}"]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_flags):
+  """The tiny experiment, with keys changed: `tiny_config(**{"a.b": 1})`."""
+  config = cli.load_config(tiny_flags[0].removeprefix("--config="),
+                           tiny_flags[1:])
+  return lambda **changes: config_lib.replace(config, **changes)

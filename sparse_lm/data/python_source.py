@@ -1,7 +1,7 @@
 """TFDS builder of Python source code that every machine already has.
 
 `python_source/stdlib` is the running interpreter's standard library, without
-its tests: about 12 MB. `python_source/environment` is every package that the
+its tests and generated tables: about 10 MB. `python_source/environment` is every package that the
 interpreter can import, for larger runs. Neither needs a network.
 """
 
@@ -17,12 +17,15 @@ from sparse_lm.data import documents
 _SITES = frozenset({"site-packages", "dist-packages"})
 _SKIPPED = _SITES | {"__pycache__"}
 _TESTS = frozenset({"test", "tests", "idle_test"})
+# Generated: character maps and the text of the help pages. They are a fifth of
+# the library's bytes, and a small model would learn little else.
+_TABLES = frozenset({"encodings", "pydoc_data"})
 
 
 def _folders(config_name: str) -> list[documents.Folder]:
   stdlib = pathlib.Path(sysconfig.get_path("stdlib"))
   if config_name == "stdlib":
-    return [(stdlib, _SKIPPED | _TESTS)]
+    return [(stdlib, _SKIPPED | _TESTS | _TABLES)]
   # Not all of sys.path: it holds the working folder and the user's projects.
   sites = {pathlib.Path(entry).resolve() for entry in sys.path
            if pathlib.Path(entry).name in _SITES}
@@ -34,7 +37,8 @@ class PythonSource(documents.DocumentBuilder):
 
   BUILDER_CONFIGS = [
       tfds.core.BuilderConfig(
-          name="stdlib", description="The standard library without its tests."),
+          name="stdlib", description="The standard library without its tests and "
+          "generated tables."),
       tfds.core.BuilderConfig(
           name="environment", description="Everything that can be imported."),
   ]

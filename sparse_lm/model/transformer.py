@@ -53,13 +53,12 @@ class Block(nnx.Module):
                positions_BxL: jax.Array, segments_BxL: jax.Array | None,
                cache: LayerCache | None):
     """The block's output, (active, attended, visible) of (B, L), the cache."""
-    x_BxLxD = constrain(x_BxLxD, "BxLxD")
     y, attended_BxL, visible_BxL, cache = self.attention(
         self.attention_norm(x_BxLxD), positions_BxL, segments_BxL, window,
         cache)
-    x_BxLxD = x_BxLxD + self.attention_out_norm(y)
+    x_BxLxD = constrain(x_BxLxD + self.attention_out_norm(y), "BxLxD")
     y, active_BxL = self.ffn(self.ffn_norm(x_BxLxD))
-    x_BxLxD = x_BxLxD + self.ffn_out_norm(y)
+    x_BxLxD = constrain(x_BxLxD + self.ffn_out_norm(y), "BxLxD")
     return x_BxLxD, (active_BxL, attended_BxL, visible_BxL), cache
 
 
@@ -105,9 +104,7 @@ class Transformer(nnx.Module):
       The final hidden states (B, L, D), `Statistics`, and the new cache (None
       without one).
     """
-    x_BxLxD = jnp.take(self._embedding(), tokens_BxL, axis=0)
-    x_BxLxD = constrain(x_BxLxD.astype(self.dtype), "BxLxD", LOOKUP_AXES)
-    x_BxLxD = x_BxLxD * self.config.model_dim**0.5
+    x_BxLxD = self._embed(tokens_BxL)
     counted_BxL = (jnp.ones_like(tokens_BxL, bool) if segments_BxL is None
                    else segments_BxL > 0)
 
@@ -152,6 +149,14 @@ class Transformer(nnx.Module):
 
   def _remat(self, body):
     return jax.checkpoint(body) if self.config.remat == "block" else body
+
+  def _embed(self, tokens_BxL: jax.Array) -> jax.Array:
+    """Rows of the embedding, scaled. Each step's split is pinned: XLA, left to
+    itself, copies the whole embedding to every device."""
+    tokens_BxL = constrain(tokens_BxL, "BxL", LOOKUP_AXES)
+    x_BxLxD = jnp.take(self._embedding(), tokens_BxL, axis=0)
+    x_BxLxD = constrain(x_BxLxD.astype(self.dtype), "BxLxD", LOOKUP_AXES)
+    return constrain(x_BxLxD * self.config.model_dim**0.5, "BxLxD")
 
   def _embedding(self) -> jax.Array:
     """The embedding (V, D), split as a lookup needs it."""

@@ -1,0 +1,260 @@
+"""The commands, as subprocesses: what they print, write and refuse."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+KILL_AT = pathlib.Path(__file__).parent / "training" / "kill_at.py"
+NUM_STEPS = 12  # of tests/tiny.py
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+  """One device, and compiled programs shared between the subprocesses."""
+  return dict(os.environ, JAX_PLATFORMS="cpu",
+              JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("xla")),
+              JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+              JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
+
+
+@pytest.fixture(scope="session")
+def call(environment):
+  """Runs a command to its end."""
+
+  def run(*arguments, stdin=""):
+    command, *rest = map(str, arguments)
+    prefix = ([command] if command.endswith(".py")
+              else ["-m", f"sparse_lm.{command}"])
+    return subprocess.run(
+        [sys.executable, *prefix, *rest], env=environment, cwd=ROOT,
+        input=stdin, capture_output=True, text=True, timeout=300, check=False)
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(call, tiny_flags, tmp_path_factory):
+  """A finished run's folder, and what `train` printed."""
+  workdir = tmp_path_factory.mktemp("runs") / "tiny"
+  result = call("train", *tiny_flags, f"--workdir={workdir}")
+  assert result.returncode == 0, result.stderr
+  return workdir, result.stdout
+
+
+def lines_of(workdir, split):
+  text = (workdir / "metrics.jsonl").read_text()
+  return [line for line in map(json.loads, text.splitlines())
+          if line["split"] == split]
+
+
+def test_train_prints_progress_a_table_a_sample_and_its_files(tiny_run):
+  workdir, out = tiny_run
+  progress = next(l for l in out.splitlines() if l.startswith("step 10/12"))
+  for part in ("loss ", "bits/byte", "tokens/s", "active neurons ",
+               "keys attended ", "ETA 0m"):
+    assert part in progress
+  for part in ("validation loss", "perplexity", "bits per byte",
+               "MFLOP per token", "a completion of 'the '"):
+    assert part in out
+  for name in ("metrics.jsonl", "config.json", "tokenizer.json", "checkpoints",
+               "tensorboard", "learning_curve.png", "sparsity.png"):
+    assert f"{workdir / name} " in out and (workdir / name).exists(), name
+  for name in ("learning_curve.png", "sparsity.png"):
+    assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+  assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_train_learns_and_stays_sparse(tiny_run):
+  workdir, _ = tiny_run
+  train = lines_of(workdir, "train")
+  assert [line["step"] for line in train] == [2, 4, 6, 8, 10, 12]
+  assert train[-1]["loss"] < train[0]["loss"] - 0.5
+  assert 0.05 < train[-1]["active_fraction"] < 0.2
+  assert len(train[-1]["active_fraction_N"]) == 2
+  assert [line["step"] for line in lines_of(workdir, "eval")] == [6, 12]
+
+
+def test_a_complete_run_says_so(call, tiny_flags, tiny_run):
+  workdir, _ = tiny_run
+  result = call("train", *tiny_flags, f"--workdir={workdir}")
+  assert result.returncode == 0
+  assert "this run is complete (12 steps)" in result.stdout
+  assert "name another --workdir" in result.stdout
+
+
+def test_evaluate_agrees_with_training(call, tiny_run):
+  workdir, _ = tiny_run
+  result = call("evaluate", f"--workdir={workdir}", "--batches=2", "--json")
+  assert result.returncode == 0, result.stderr
+  values, last = json.loads(result.stdout), lines_of(workdir, "eval")[-1]
+  assert values["step"] == NUM_STEPS and values["split"] == "validation"
+  for name in ("loss", "bits_per_byte", "active_fraction_N",
+               "attended_keys_N"):
+    np.testing.assert_allclose(values[name], last[name], rtol=1e-4)
+  table = call("evaluate", f"--workdir={workdir}", "--split=test")
+  assert table.returncode == 0 and "validation loss" not in table.stderr
+  assert "split test" in table.stdout and "active neurons" in table.stdout
+
+
+def test_generate(call, tiny_run):
+  workdir, _ = tiny_run
+  flags = [f"--workdir={workdir}", "--max_new_tokens=12", "--temperature=0"]
+  streamed = call("generate", *flags, "--prompt=the ")
+  assert streamed.returncode == 0, streamed.stderr
+  assert streamed.stdout.startswith("the ") and not streamed.stderr
+  whole = json.loads(
+      call("generate", *flags, "--prompt=-", "--json", stdin="the ").stdout)
+  assert "the " + whole["completion"] + "\n" == streamed.stdout
+  assert 0.05 < whole["active_fraction"] < 0.2
+  drawn = [call("generate", *flags[:2], "--temperature=1", "--top_k=9",
+                f"--seed={seed}", "--prompt=the ").stdout for seed in (1, 1, 2)]
+  assert drawn[0] == drawn[1] != drawn[2]
+
+
+def final_state(workdir):
+  """Every array and every other byte that the last checkpoint decodes to."""
+  import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
+  folder = workdir / "checkpoints" / str(NUM_STEPS)
+  arrays = {name: ocp.StandardCheckpointer().restore(folder / name)
+            for name in ("params", "rest")}
+  position = {p.name: p.read_text() for p in (folder / "data").iterdir()}
+  return arrays, position
+
+
+def assert_same_end(a, b):
+  import jax  # pylint: disable=g-import-not-at-top
+  (arrays_a, data_a), (arrays_b, data_b) = final_state(a), final_state(b)
+  jax.tree.map(np.testing.assert_array_equal, arrays_a, arrays_b)
+  assert data_a == data_b
+  for split in ("train", "eval"):
+    ours, theirs = lines_of(a, split), lines_of(b, split)
+    for line in (*ours, *theirs):
+      line.pop("tokens_per_second", None)
+    assert ours == theirs
+
+
+def test_killed_again_and_again_is_as_uninterrupted(call, tiny_flags, tiny_run,
+                                                    tmp_path):
+  """Inside the first save, between saves, inside a later save; bit by bit."""
+  workdir = tmp_path / "tiny"
+  flags = [*tiny_flags, f"--workdir={workdir}"]
+  # Saves are after steps 4, 8, 12. Evaluation places two batches at a time.
+  for moment, number in (("save", 1), ("batch", 9), ("save", 1)):
+    result = call(KILL_AT, moment, number, *flags)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+  result = call("train", *flags)
+  assert result.returncode == 0, result.stderr
+  assert "resuming from step 4" in result.stdout
+  assert_same_end(workdir, tiny_run[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(environment, call, tiny_flags,
+                                            tiny_run, tmp_path, number):
+  workdir = tmp_path / "tiny"
+  flags = [*tiny_flags, f"--workdir={workdir}"]
+  process = subprocess.Popen(
+      [sys.executable, "-u", "-m", "sparse_lm.train", *flags], cwd=ROOT,
+      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      text=True)
+  seen = []
+  for line in process.stdout:
+    seen.append(line)
+    if line.startswith("step  2/12"):
+      process.send_signal(number)
+  assert process.wait() == 143, process.stderr.read()
+  assert f"stopped by {number.name}: saved at step" in seen[-1]
+  process.stdout.close()
+  process.stderr.close()
+  result = call("train", *flags)
+  assert result.returncode == 0 and "resuming from step" in result.stdout
+  assert_same_end(workdir, tiny_run[0])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_help(call, command):
+  result = call(command, "--help")
+  assert result.returncode == 0
+  assert f"python -m sparse_lm.{command}" in result.stdout
+  assert "--workdir FOLDER" in result.stdout
+
+
+def refused(result, *parts):
+  """One line on stderr with every part in it, and status 2."""
+  assert result.returncode == 2, result.stderr
+  assert len(result.stderr.splitlines()) == 1, result.stderr
+  assert result.stderr.startswith("error: ")
+  for part in parts:
+    assert part in result.stderr
+
+
+def test_train_refuses_bad_flags_before_it_starts(call, tiny_flags, tmp_path):
+  workdir = tmp_path / "run"
+  at = f"--workdir={workdir}"
+  refused(call("train", at), "--config")
+  refused(call("train", "--config=nowhere.py", at), "--config=nowhere.py")
+  refused(call("train", *tiny_flags, at, "--config.model.ffn.activ=relu"),
+          "config.model.ffn.activ", "config.model.ffn.activation")
+  refused(call("train", *tiny_flags, at, "--config.model.ffn.activation=swish"),
+          "config.model.ffn.activation", "gelu_tanh")
+  refused(call("train", *tiny_flags, at, "--config.training.mesh.data=3"),
+          "config.training.mesh", "1 device")
+  assert not (workdir / "checkpoints").exists()
+
+
+def test_train_refuses_bad_folders(call, tiny_flags, tiny_run, tmp_path):
+  a_file = tmp_path / "file"
+  a_file.write_text("")
+  refused(call("train", *tiny_flags, f"--workdir={a_file}/run"),
+          f"--workdir={a_file}/run", "cannot be written")
+  before = sorted(tiny_run[0].rglob("*"))
+  refused(call("train", *tiny_flags, f"--workdir={tiny_run[0]}",
+               "--config.training.seed=7"), "another config",
+          "config.training.seed")
+  assert sorted(tiny_run[0].rglob("*")) == before
+
+
+def test_train_refuses_bad_data(call, tiny_flags, tmp_path):
+  at = f"--workdir={tmp_path / 'run'}"
+  refused(call("train", *tiny_flags, at, f"--config.data.path={tmp_path}/no"),
+          "config.data.path", f"{tmp_path}/no")
+  refused(call("train", *tiny_flags, at, "--config.model.vocab_size=100"),
+          "config.model.vocab_size", "100", "257")
+  refused(call("train", *tiny_flags, at,
+               "--config.model.context_length=1000000"),
+          "config.model.context_length")
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+    call, tiny_flags, tmp_path):
+  workdir = tmp_path / "run"
+  # The rate grows until it overflows, some steps after the first checkpoint.
+  result = call("train", *tiny_flags, f"--workdir={workdir}",
+                "--config.training.optimizer.learning_rate=1e37",
+                "--config.training.optimizer.warmup_steps=12",
+                "--config.training.checkpoint_every=1",
+                "--config.training.eval_every=100")
+  refused(result, "step ", "not a finite number",
+          "config.training.optimizer.learning_rate")
+  step = int(result.stderr.split("step ")[1].split(":")[0])
+  newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir()
+               if p.name.isdigit())
+  assert newest == step - 1
+
+
+def test_evaluate_and_generate_refuse(call, tiny_run, tmp_path):
+  at = f"--workdir={tiny_run[0]}"
+  refused(call("evaluate", f"--workdir={tmp_path}"), str(tmp_path), "no run")
+  refused(call("evaluate", at, "--split=nowhere"), "nowhere", "validation")
+  refused(call("generate", at, f"--prompt={'a' * 40}"), "--prompt",
+          "41 tokens do not fit the model's context of 32")
+  refused(call("generate", at, "--temperature=hot"), "--temperature")
+  refused(call("generate", at, "--top_p=2"), "--top_p")
+  refused(call("generate", at, "--step=5"), "no checkpoint 5")

@@ -1,0 +1,67 @@
+"""The 2B config on a pod of 256 TPU v5e chips, compiled with no TPU at hand."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+LIBRARY = (pathlib.Path(__file__).parents[1]
+           / ".venv" / "libtpu" / "libtpu" / "libtpu.so")
+HBM = 15.75e9  # of a v5e chip's 16 GB, what libtpu lets a program use
+
+# In a process of its own: libtpu is loaded, and jax flags are those of a user.
+SCRIPT = r"""
+import json, re, time
+from sparse_lm.configs import spark_2b
+from sparse_lm.training import aot
+
+config = spark_2b.get_config()
+lowered = aot.lower_train_step(config, aot.tpu_devices("v5e:16x16"))
+start = time.perf_counter()
+compiled = lowered.compile()
+print(json.dumps(dict(
+    aot.bytes_per_chip(compiled), seconds=time.perf_counter() - start,
+    shapes=sorted(set(re.findall(r"\w+\[[\d,]+\]", compiled.as_text()))))))
+"""
+
+
+def environment() -> dict[str, str]:
+  """The environment of a process that finds libtpu; skips where none is."""
+  env = dict(os.environ, JAX_PLATFORMS="cpu")
+  if not os.path.isfile(env.get("TPU_LIBRARY_PATH", "")):
+    env.pop("TPU_LIBRARY_PATH", None)
+    if LIBRARY.is_file():
+      env["TPU_LIBRARY_PATH"] = str(LIBRARY)
+    elif not importlib.util.find_spec("libtpu"):
+      pytest.skip("no libtpu: pip install --target .venv/libtpu libtpu "
+                  "(Linux on x86-64 alone)")
+  return env
+
+
+@pytest.mark.tpu_compile
+def test_the_2b_training_step_fits_a_v5e_pod():
+  process = subprocess.run(
+      [sys.executable, "-c", SCRIPT], env=environment(), capture_output=True,
+      text=True, timeout=1800, check=False)
+  assert process.returncode == 0, process.stderr[-4000:]
+  report = json.loads(process.stdout.splitlines()[-1])
+  shapes = report.pop("shapes")
+  print(json.dumps(report))
+  assert report["total"] < HBM
+  # A Spark 2B has 2.6e9 parameters; with AdamW 12 bytes each, 16 shards. All
+  # of it is donated: only the batch is an argument and no more.
+  assert report["donated"] > 2.6e9 * 12 / 16
+  assert report["donated"] > 0.999 * report["arguments"]
+  # No chip ever holds the whole embedding, all layers' weights of a kind, or
+  # one layer's activations of more than its own two sequences.
+  dims = [[int(d) for d in shape.split("[")[1][:-1].split(",")]
+          for shape in shapes]
+  assert [256_000, 144] in dims and [26, 13_824, 144] in dims
+  assert [256_000, 2304] not in dims
+  assert not any(d[0] == 26 and 13_824 in d and (2304 in d or 1280 in d)
+                 for d in dims)
+  assert not any(8192 in d and 13_824 in d and d[0] > 2 for d in dims)

@@ -1,0 +1,179 @@
+"""The training step: the same gradient however the work is split."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sparse_lm.errors import UserError
+from sparse_lm.training import mesh as mesh_lib
+from sparse_lm.training import metrics
+from sparse_lm.training.optimizer import decay_mask, make_optimizer
+from sparse_lm.training.step import init_state, make_eval_step, make_train_step
+
+# With it, parameters before less parameters after are the gradient.
+SGD = optax.sgd(1.0)
+
+
+def make_batch(config, seed=0):
+  """Packed rows with padding, so that token counts differ between rows."""
+  rng = np.random.default_rng(seed)
+  rows, length = config.training.batch_size, config.model.context_length
+  segments = np.zeros((rows, length), np.int32)
+  for row in segments:
+    cut, end = np.sort(rng.integers(4, length, 2))
+    row[:cut], row[cut:end] = 1, 2
+  start = np.where(segments == 2, (segments == 1).sum(1, keepdims=True), 0)
+  tokens = rng.integers(0, config.model.vocab_size, (2, rows, length))
+  return dict(
+      tokens_BxL=tokens[0].astype(np.int32),
+      targets_BxL=tokens[1].astype(np.int32),
+      weights_BxL=(segments > 0).astype(np.float32), segment_ids_BxL=segments,
+      positions_BxL=(np.arange(length) - start).astype(np.int32))
+
+
+def take_step(config, optimizer=SGD, mesh=None, steps=1):
+  """Parameters, metrics after some steps; `mesh=None`: on one device."""
+  text_bytes_V = np.ones(config.model.vocab_size, np.float32)
+  step = make_train_step(config, optimizer, optax.constant_schedule(1.0),
+                         text_bytes_V)
+  create = functools.partial(init_state, config, optimizer)
+  batch = make_batch(config)
+  if mesh is None:
+    state, run = jax.jit(create)(), jax.jit(step)
+    for _ in range(steps):
+      state, out = run(state, batch)
+    return state, out
+  shardings = mesh_lib.shardings(mesh, jax.eval_shape(create))
+  with jax.set_mesh(mesh):
+    state = jax.jit(create, out_shardings=shardings)()
+    run = jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
+    for _ in range(steps):
+      state, out = run(state, mesh_lib.place_batch(mesh, batch))
+  return state, out
+
+
+def assert_close(a, b, tolerance=2e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(
+      x, y, atol=tolerance, rtol=tolerance), a, b)
+
+
+@pytest.fixture(scope="module")
+def make_config(tiny_config):
+  """Tiny, its vocabulary padded so that eight devices can split it."""
+  return functools.partial(tiny_config, **{"model.vocab_size": 264})
+
+
+@pytest.fixture(scope="module")
+def reference(make_config):
+  return take_step(make_config())
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_micro_batches_change_nothing(make_config, reference, count):
+  state, out = take_step(make_config(**{"training.micro_batches": count}))
+  assert_close(state.params, reference[0].params)
+  assert_close(out, reference[1])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("data, fsdp, tensor",
+                         [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)])
+def test_eight_devices_are_as_one(make_config, reference, data, fsdp, tensor,
+                                  scan):
+  if scan and fsdp != 2:
+    pytest.skip("one scanned mesh, with all three axes, is enough")
+  config = make_config(**{
+      "training.mesh.data": data, "training.mesh.fsdp": fsdp,
+      "training.mesh.tensor": tensor, "model.scan_layers": scan})
+  mesh = mesh_lib.make_mesh(config)
+  state, out = take_step(config, mesh=mesh)
+  assert_close(state.params, reference[0].params)
+  assert_close(out, reference[1])
+  down = state.params["blocks"]["ffn"]["down_FxD"]
+  assert down.addressable_shards[0].data.shape == (2, 64 // tensor, 32 // fsdp)
+
+
+def test_micro_batches_on_a_mesh_change_nothing(make_config):
+  config = make_config(**{"training.micro_batches": 2,
+                          "training.batch_size": 16})
+  single = take_step(make_config(**{"training.batch_size": 16}))
+  state, out = take_step(config, mesh=mesh_lib.make_mesh(config))
+  assert_close(state.params, single[0].params)
+  assert_close(out, single[1])
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"mesh.data": 3}, "data=3 x fsdp=1 x tensor=1 does not fit 8 device"),
+    ({"mesh.fsdp": 16}, "does not fit 8 device"),
+    ({"mesh.tensor": 8}, "num_kv_heads: 2 is not divisible by .* tensor=8"),
+    ({"batch_size": 12}, "batch_size: 12 is not divisible"),
+])
+def test_a_mesh_that_does_not_fit(make_config, keys, message):
+  config = make_config(**{f"training.{k}": v for k, v in keys.items()})
+  with pytest.raises(UserError, match=message):
+    mesh_lib.make_mesh(config)
+
+
+def test_the_loss_in_chunks_is_the_loss(make_config, reference):
+  state, out = take_step(make_config(**{"training.loss_chunk": 8}))
+  assert_close(state.params, reference[0].params)
+  assert_close(out, reference[1])
+
+
+def test_metrics_against_float64(make_config):
+  """Loss, z-loss and bits per byte from the logits, in NumPy."""
+  from flax import nnx  # pylint: disable=g-import-not-at-top
+  from sparse_lm.training.step import model_graph  # pylint: disable=g-import-not-at-top
+  config = make_config()
+  batch = make_batch(config)
+  params = init_state(config, SGD).params
+  text_bytes_V = np.arange(264, dtype=np.float32) % 3
+  sums = jax.jit(make_eval_step(config, text_bytes_V))(params, batch)
+  summary = metrics.summarize(jax.device_get(sums), config.model)
+
+  @jax.jit
+  def forward(params):
+    return nnx.merge(model_graph(config), params)(
+        batch["tokens_BxL"], batch["positions_BxL"], batch["segment_ids_BxL"])
+
+  logits = np.asarray(forward(params)[0], np.float64)
+  log_z = np.log(np.exp(logits).sum(-1))
+  chosen = np.take_along_axis(logits, batch["targets_BxL"][..., None], -1)
+  weights = batch["weights_BxL"]
+  nats = ((log_z - chosen[..., 0]) * weights).sum()
+  count = weights.sum()
+  text_bytes = (text_bytes_V[batch["targets_BxL"]] * weights).sum()
+  np.testing.assert_allclose(summary["loss"], nats / count, rtol=1e-5)
+  np.testing.assert_allclose(summary["perplexity"], np.exp(nats / count),
+                             rtol=1e-4)
+  np.testing.assert_allclose(summary["bits_per_byte"],
+                             nats / np.log(2) / text_bytes, rtol=1e-5)
+  np.testing.assert_allclose(summary["z_loss"],
+                             (log_z**2 * weights).sum() / count, rtol=1e-5)
+
+
+def test_only_matrices_decay(make_config):
+  config = make_config()
+  params = init_state(config, SGD).params
+  mask = decay_mask(params)
+  assert mask["embedding_VxD"] and mask["blocks"]["ffn"]["down_FxD"]
+  assert not mask["final_norm"]["scale_D"]
+  # A stacked scale has two axes, as a matrix has.
+  assert params["blocks"]["ffn_norm"]["scale_D"].ndim == 2
+  assert not mask["blocks"]["ffn_norm"]["scale_D"]
+
+
+def test_the_gradient_is_clipped_by_its_global_norm(make_config):
+  config = make_config(**{"training.optimizer.clip_norm": 0.5})
+  params = {"a_DxF": jnp.ones((2, 2)), "b_D": jnp.ones(2)}
+  grads = jax.tree.map(lambda x: 100 * x, params)
+  optimizer = make_optimizer(config.training)
+  # AdamW's first step does not see the scale; its second moment does.
+  _, state = optimizer.update(grads, optimizer.init(params), params)
+  squares = sum(float(jnp.sum(x)) for x in jax.tree.leaves(
+      optax.tree_utils.tree_get(state, "nu")))
+  np.testing.assert_allclose(squares, 0.5**2 * (1 - 0.95), rtol=1e-4)
