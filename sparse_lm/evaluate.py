@@ -37,7 +37,7 @@ def evaluate(folder: pathlib.Path, split: str = "", batches: int | None = None,
   config = workdir.read_config(folder)
   step, params = checkpoint.load_run_params(folder, config, _warn, step)
   corpus = open_corpus(config)
-  workdir.claim_data(folder, corpus)
+  workdir.check_data(folder, corpus.fingerprint)
   run = jax.jit(make_eval_step(config, metrics.text_bytes(config.model,
                                                           corpus.tokenizer)))
   sums = metrics.add_up([run(params, batch) for batch in

@@ -1,9 +1,9 @@
 """The training loop.
 
-What happens on a start, in this order: the folder is claimed for the config;
-the data are prepared or reused; the mesh is made; the state is restored from
-the newest readable checkpoint, or created sharded; the steps are compiled; the
-loop runs. In the loop, step n is dispatched before the metrics of the steps
+What happens on a start, in this order: the folder is checked for another
+config's run; the data are prepared or reused; the mesh is made; the state is
+restored from the newest readable checkpoint, or created sharded; the folder is
+made the run's; the step is compiled; the loop runs. In the loop, step n is dispatched before the metrics of the steps
 before it are fetched, so that the devices never wait for the host.
 """
 
@@ -121,7 +121,7 @@ class Trainer:
     self.config, self.workdir = config, workdir
     self.report = report if jax.process_index() == 0 else lambda _: None
     self.corpus = open_corpus(config)
-    workdir_lib.claim_data(workdir, self.corpus)
+    workdir_lib.check_data(workdir, self.corpus.fingerprint)
     self.mesh = mesh_lib.make_mesh(config)
     self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
     self.batches = iter(self.corpus.train(jax.process_index(),
@@ -129,6 +129,8 @@ class Trainer:
     with jax.set_mesh(self.mesh):
       self.state = self._restore_or_create()
     self.step = int(self.state.step)
+    if jax.process_index() == 0:
+      workdir_lib.record(workdir, config, self.corpus)
     self.writer = metrics_lib.MetricsWriter(workdir, self.step)
     self.text_bytes_V = metrics_lib.text_bytes(config.model,
                                                self.corpus.tokenizer)
@@ -309,7 +311,7 @@ def train(config: Config, workdir: pathlib.Path,
     Stopped: after SIGTERM or SIGINT, with the state saved.
   """
   workdir = pathlib.Path(workdir)
-  workdir_lib.claim(workdir, config)
+  workdir_lib.check(workdir, config)
   if latest_step(workdir) >= config.training.num_steps:
     return None
   trainer = Trainer(config, workdir, report)

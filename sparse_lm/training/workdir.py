@@ -19,48 +19,64 @@ def _write(path: pathlib.Path, text: str) -> None:
   temporary.replace(path)
 
 
-def claim(workdir: pathlib.Path, config: Config) -> None:
-  """Makes the folder this config's, or checks that it already is.
+def check(workdir: pathlib.Path, config: Config) -> None:
+  """Makes the folder, and checks that no other config's run is in it.
 
   Raises:
-    UserError: where it cannot be written, or holds another config's run.
+    UserError: where it cannot be made, or holds another config's run.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / CONFIG).exists():
-      differing = config_lib.differences(read_config(workdir), config)
-      if differing:
-        shown = ", ".join(f"config.{key}" for key in differing[:5])
-        raise UserError(
-            f"--workdir={workdir}: holds a run with another config (it differs "
-            f"in {shown}{', ...' if differing[5:] else ''}); choose another "
-            "workdir")
-    _write(workdir / CONFIG, config_lib.to_json(config))
   except OSError as e:
-    raise UserError(f"--workdir={workdir}: cannot be written "
-                    f"({e.strerror})") from e
+    raise _unwritable(workdir, e) from e
+  if not (workdir / CONFIG).exists():
+    return
+  differing = config_lib.differences(read_config(workdir), config)
+  if differing:
+    shown = ", ".join(f"config.{key}" for key in differing[:5])
+    raise UserError(
+        f"--workdir={workdir}: holds a run with another config (it differs in "
+        f"{shown}{', ...' if differing[5:] else ''}); choose another workdir")
 
 
-def claim_data(workdir: pathlib.Path, corpus) -> None:
-  """Puts the tokenizer in the folder, or checks that the data are the same.
-
-  Args:
-    workdir: a folder that `claim` has accepted.
-    corpus: a `sparse_lm.data.pipeline.Corpus`.
+def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
+  """Checks that the folder's run, if there is one, is of these data.
 
   Raises:
-    UserError: where the run was trained on other data. The standard library
-      of another Python is other data.
+    UserError: where it is of others. The standard library of another Python
+      is other data.
   """
   path = workdir / DATA
-  if path.exists():
-    if json.loads(path.read_text())["fingerprint"] != corpus.fingerprint:
-      raise UserError(f"--workdir={workdir}: its run was trained on other "
-                      "data or another tokenizer than config.data now gives; "
-                      "choose another workdir")
-    return
-  corpus.tokenizer.save(workdir / TOKENIZER)
-  _write(path, json.dumps({"fingerprint": corpus.fingerprint}) + "\n")
+  if path.exists() and (
+      json.loads(path.read_text())["fingerprint"] != fingerprint):
+    raise UserError(f"--workdir={workdir}: its run was trained on other data "
+                    "or another tokenizer than config.data now gives; choose "
+                    "another workdir")
+
+
+def record(workdir: pathlib.Path, config: Config, corpus) -> None:
+  """Makes the folder this run's: its tokenizer, data and config.
+
+  Call it when nothing can be refused any more, so that a start that failed
+  leaves no run behind.
+
+  Args:
+    workdir: a folder that `check` and `check_data` have accepted.
+    config: the run's.
+    corpus: the run's `sparse_lm.data.pipeline.Corpus`.
+  """
+  try:
+    corpus.tokenizer.save(workdir / TOKENIZER)
+    _write(workdir / DATA,
+           json.dumps({"fingerprint": corpus.fingerprint}) + "\n")
+    _write(workdir / CONFIG, config_lib.to_json(config))
+  except OSError as e:
+    raise _unwritable(workdir, e) from e
+
+
+def _unwritable(workdir: pathlib.Path, error: OSError) -> UserError:
+  return UserError(f"--workdir={workdir}: cannot be written "
+                   f"({error.strerror})")
 
 
 def read_config(workdir: pathlib.Path) -> Config:
