@@ -19,6 +19,6 @@ def get_config() -> Config:
               predictor_dim=32, top_k=32, sliding_window=64, global_every=2)),
       data=DataConfig(dataset="python_source/stdlib", tokenizer="bpe"),
       training=TrainingConfig(
-          num_steps=1000, batch_size=8,
+          num_steps=900, batch_size=8,
           optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50)),
       sample=SampleConfig(prompt="def "))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sparse_lm.config import AttentionConfig
 from sparse_lm.model import sparsify
 from sparse_lm.model.cache import LayerCache
-from sparse_lm.model.layers import normal_param, rope, softcap
+from sparse_lm.model.layers import normal_param, project, rope, softcap
 from sparse_lm.model.sharding import constrain
 
 
@@ -30,14 +30,29 @@ def visible(positions_BxL: jax.Array, positions_BxS: jax.Array,
   return seen
 
 
-def _scores(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array) -> jax.Array:
-  """Scaled dot products in float32: (B, K, G, L, S)."""
-  scale = query_BxLxKxGxE.shape[-1] ** -0.5
-  return scale * jnp.einsum("blkge,bske->bkgls", query_BxLxKxGxE, key_BxSxKxE,
-                            preferred_element_type=jnp.float32)
+def _scores(query_BxKxGxLxE: jax.Array, key_BxKxSxE: jax.Array) -> jax.Array:
+  """Scaled dot products in float32: (B, K, G, L, S).
+
+  Heads come before positions, and a group's queries are one matrix's rows:
+  XLA's CPU backend copies the scores transposed in any other order.
+  """
+  b, k, g, l, e = query_BxKxGxLxE.shape
+  scores = jnp.einsum("bkqe,bkse->bkqs",
+                      query_BxKxGxLxE.reshape(b, k, g * l, e), key_BxKxSxE,
+                      preferred_element_type=jnp.float32)
+  return e**-0.5 * scores.reshape(b, k, g, l, -1)
 
 
-def dense_weights(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array,
+def _mix(weights_BxKxGxLxS: jax.Array, value_BxKxSxE: jax.Array) -> jax.Array:
+  """Values summed with the weights, (B, K, G, L, E), in the values' type."""
+  b, k, g, l, s = weights_BxKxGxLxS.shape
+  weights = weights_BxKxGxLxS.astype(value_BxKxSxE.dtype)
+  mixed = jnp.einsum("bkqs,bkse->bkqe", weights.reshape(b, k, g * l, s),
+                     value_BxKxSxE)
+  return mixed.reshape(b, k, g, l, -1)
+
+
+def dense_weights(query_BxKxGxLxE: jax.Array, key_BxKxSxE: jax.Array,
                   seen_BxLxS: jax.Array,
                   config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
   """softmax over the visible keys, and which keys have weight.
@@ -46,11 +61,11 @@ def dense_weights(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array,
     weights (B, K, G, L, S) in float32 and a mask broadcastable to them.
   """
   mask = seen_BxLxS[:, None, None]
-  scores = softcap(_scores(query_BxLxKxGxE, key_BxSxKxE), config.logit_softcap)
+  scores = softcap(_scores(query_BxKxGxLxE, key_BxKxSxE), config.logit_softcap)
   return jax.nn.softmax(scores, where=mask), mask
 
 
-def spark_weights(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array,
+def spark_weights(query_BxKxGxLxE: jax.Array, key_BxKxSxE: jax.Array,
                   seen_BxLxS: jax.Array,
                   config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
   """softmax(top-k of the first P dims' scores) * softplus(the other dims').
@@ -66,14 +81,14 @@ def spark_weights(query_BxLxKxGxE: jax.Array, key_BxSxKxE: jax.Array,
     As `dense_weights`. The weights of a query do not sum to 1.
   """
   split = [config.predictor_dim]
-  query_1, query_2 = jnp.split(query_BxLxKxGxE, split, axis=-1)
-  key_1, key_2 = jnp.split(key_BxSxKxE, split, axis=-1)
+  query_1, query_2 = jnp.split(query_BxKxGxLxE, split, axis=-1)
+  key_1, key_2 = jnp.split(key_BxKxSxE, split, axis=-1)
   mask = seen_BxLxS[:, None, None]
   scores = _scores(query_1, key_1)
-  theta = sparsify.statistical_threshold(
-      jax.lax.stop_gradient(scores), config.top_k, where=mask)
-  best = scores.max(-1, keepdims=True, where=mask, initial=-jnp.inf)
-  kept = mask & (scores >= jnp.minimum(theta, best))
+  raw = jax.lax.stop_gradient(scores)
+  theta = sparsify.statistical_threshold(raw, config.top_k, where=mask)
+  best = raw.max(-1, keepdims=True, where=mask, initial=-jnp.inf)
+  kept = mask & (raw >= jnp.minimum(theta, best))
   weights = jax.nn.softmax(softcap(scores, config.logit_softcap), where=kept)
   return weights * jax.nn.softplus(_scores(query_2, key_2)), kept
 
@@ -103,23 +118,17 @@ class Attention(nnx.Module):
     return jnp.concatenate(
         [rope(p, positions_BxL, self.config.rope_base) for p in parts], -1)
 
-  def _attend(self, query_BxLxHxE: jax.Array, positions_BxL: jax.Array,
+  def _attend(self, query_BxKxGxLxE: jax.Array, positions_BxL: jax.Array,
               segments_BxL: jax.Array | None, keys: dict,
               window: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Values mixed for some of the queries; keys attended; keys visible."""
     seen_BxLxS = visible(positions_BxL, keys["positions"], segments_BxL,
                          keys["segments"], window)
-    kv_heads = self.config.num_kv_heads
-    grouped = query_BxLxHxE.reshape(
-        *query_BxLxHxE.shape[:2], kv_heads, -1, self.config.head_dim)
-    weights, kept = WEIGHTS[self.config.shape](grouped, keys["key"],
+    weights, kept = WEIGHTS[self.config.shape](query_BxKxGxLxE, keys["key"],
                                                seen_BxLxS, self.config)
-    weights = weights.astype(keys["value"].dtype)
-    mixed = jnp.einsum("bkgls,bske->blkge", weights, keys["value"])
     # Kept keys, averaged over the heads (one, where the heads share a mask).
     attended_BxL = kept.sum(-1).mean((1, 2))
-    return (mixed.reshape(query_BxLxHxE.shape), attended_BxL,
-            seen_BxLxS.sum(-1))
+    return _mix(weights, keys["value"]), attended_BxL, seen_BxLxS.sum(-1)
 
   def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array,
                segments_BxL: jax.Array | None, window: jax.Array,
@@ -137,49 +146,55 @@ class Attention(nnx.Module):
       The output (B, L, D), keys attended (B, L; mean over heads), keys visible
       (B, L), and the cache with x's keys and values (None without one).
     """
-    dtype = x_BxLxD.dtype
-    project = lambda w: constrain(
-        jnp.einsum("bld,dhe->blhe", x_BxLxD, w[...].astype(dtype)), "BxLxHxE")
-    query_BxLxHxE = self._rope(project(self.query_DxHxE), positions_BxL)
-    key = self._rope(project(self.key_DxKxE), positions_BxL)
-    value = project(self.value_DxKxE)
-    positions_BxS = positions_BxL
-    if cache is not None:
+    query_BxLxHxE, key, value = (
+        constrain(project(x_BxLxD, w[...]), "BxLxHxE")
+        for w in (self.query_DxHxE, self.key_DxKxE, self.value_DxKxE))
+    query_BxLxHxE = self._rope(query_BxLxHxE, positions_BxL)
+    key = self._rope(key, positions_BxL)
+    if cache is None:
+      keys = dict(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2),
+                  positions=positions_BxL, segments=segments_BxL)
+    else:
       cache = cache.write(key, value, positions_BxL)
-      key, value = cache.key_BxSxKxE, cache.value_BxSxKxE
-      positions_BxS = jnp.broadcast_to(jnp.arange(key.shape[1]), key.shape[:2])
-    keys = dict(key=key, value=value, positions=positions_BxS,
-                segments=segments_BxL)
+      slots = cache.key_BxKxSxE.shape[2]
+      keys = dict(key=cache.key_BxKxSxE, value=cache.value_BxKxSxE,
+                  positions=jnp.arange(slots)[None], segments=None)
+    b, l, h, e = query_BxLxHxE.shape
+    query = query_BxLxHxE.reshape(b, l, self.config.num_kv_heads, -1, e)
     mixed, attended, seen = self._attend_in_chunks(
-        query_BxLxHxE, positions_BxL, segments_BxL, keys, window)
-    y_BxLxD = jnp.einsum("blhe,hed->bld", mixed,
-                         self.output_HxExD[...].astype(dtype))
+        query.transpose(0, 2, 3, 1, 4), positions_BxL, segments_BxL, keys,
+        window)
+    mixed_BxLxHxE = mixed.transpose(0, 3, 1, 2, 4).reshape(b, l, h, e)
+    y_BxLxD = project(mixed_BxLxHxE, self.output_HxExD[...], in_axes=2)
     return y_BxLxD, attended, seen, cache
 
-  def _attend_in_chunks(self, query_BxLxHxE, positions_BxL, segments_BxL, keys,
-                        window):
+  def _attend_in_chunks(self, query_BxKxGxLxE, positions_BxL, segments_BxL,
+                        keys, window):
     """`_attend`, `query_chunk` queries at a time where that is asked for.
 
     Exact: a query's weights depend on no other query. Memory is linear in L,
     since each chunk's weights are computed again in the backward pass.
     """
-    chunk, length = self.config.query_chunk, query_BxLxHxE.shape[1]
+    chunk, length = self.config.query_chunk, query_BxKxGxLxE.shape[3]
     if not chunk or length <= chunk or length % chunk:
-      return self._attend(query_BxLxHxE, positions_BxL, segments_BxL, keys,
+      return self._attend(query_BxKxGxLxE, positions_BxL, segments_BxL, keys,
                           window)
-    chunks = length // chunk
 
-    def split(x):
-      return x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+    def split(x, axis):
+      """Chunks first."""
+      shape = (*x.shape[:axis], -1, chunk, *x.shape[axis + 1:])
+      return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    def join(x):
-      return x.swapaxes(0, 1).reshape(x.shape[1], length, *x.shape[3:])
+    def join(x, axis):
+      x = jnp.moveaxis(x, 0, axis)
+      return x.reshape(*x.shape[:axis], length, *x.shape[axis + 2:])
 
-    def body(part):
-      return self._attend(*part, keys, window)
-
-    parts = jax.tree.map(split, (query_BxLxHxE, positions_BxL, segments_BxL))
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(body), parts))
+    queries = (split(query_BxKxGxLxE, 3), split(positions_BxL, 1),
+               None if segments_BxL is None else split(segments_BxL, 1))
+    mixed, attended, seen = jax.lax.map(
+        jax.checkpoint(lambda part: self._attend(*part, keys, window)),
+        queries)
+    return join(mixed, 3), join(attended, 1), join(seen, 1)
 
 
 def layer_windows(config: AttentionConfig, num_layers: int) -> list[int]:

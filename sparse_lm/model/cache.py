@@ -17,8 +17,8 @@ class LayerCache:
   a query at position p looks at the slots up to p.
   """
 
-  key_BxSxKxE: jax.Array
-  value_BxSxKxE: jax.Array
+  key_BxKxSxE: jax.Array
+  value_BxKxSxE: jax.Array
 
   def write(self, key_BxLxKxE: jax.Array, value_BxLxKxE: jax.Array,
             positions_BxL: jax.Array) -> "LayerCache":
@@ -26,11 +26,11 @@ class LayerCache:
     rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
 
     def put(cached, new):
-      return cached.at[rows_Bx1, positions_BxL].set(
+      return cached.at[rows_Bx1, :, positions_BxL].set(
           new.astype(cached.dtype), mode="drop")
 
-    return LayerCache(put(self.key_BxSxKxE, key_BxLxKxE),
-                      put(self.value_BxSxKxE, value_BxLxKxE))
+    return LayerCache(put(self.key_BxKxSxE, key_BxLxKxE),
+                      put(self.value_BxKxSxE, value_BxLxKxE))
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int,
@@ -40,7 +40,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int,
   One array pair a layer, so that a decode step with donated buffers writes in
   place.
   """
-  shape = (batch, length, config.attention.num_kv_heads,
+  shape = (batch, config.attention.num_kv_heads, length,
            config.attention.head_dim)
   return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
                for _ in range(config.num_layers))

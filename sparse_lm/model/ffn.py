@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from sparse_lm.config import FFNConfig
 from sparse_lm.model import sparsify
 from sparse_lm.model.activations import get_activation
-from sparse_lm.model.layers import normal_param
+from sparse_lm.model.layers import normal_param, project
 from sparse_lm.model.sharding import constrain
 
 
@@ -55,16 +55,14 @@ class FFN(nnx.Module):
     x_gate = x_up = x_BxLxD
     if self.config.shape == "spark":
       x_gate, x_up = jnp.split(x_BxLxD, [self.config.predictor_dim], axis=-1)
-    gate_BxLxF = x_gate @ self.gate_DxF[...].astype(x_gate.dtype)
-    gate_BxLxF = constrain(gate_BxLxF, "BxLxF")
+    gate_BxLxF = constrain(project(x_gate, self.gate_DxF[...]), "BxLxF")
     h_BxLxF = self.activation(apply_sparsifier(gate_BxLxF, self.config))
     active_BxL = jnp.count_nonzero(h_BxLxF, axis=-1).astype(jnp.int32)
     if self.config.shape != "plain":
-      h_BxLxF = h_BxLxF * (x_up @ self.up_DxF[...].astype(x_up.dtype))
+      h_BxLxF = h_BxLxF * project(x_up, self.up_DxF[...])
     return h_BxLxF, active_BxL
 
   def __call__(self, x_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The layer's output (B, L, D) and its active neurons per token (B, L)."""
     h_BxLxF, active_BxL = self.hidden(x_BxLxD)
-    y_BxLxD = h_BxLxF @ self.down_FxD[...].astype(h_BxLxF.dtype)
-    return y_BxLxD, active_BxL
+    return project(h_BxLxF, self.down_FxD[...]), active_BxL

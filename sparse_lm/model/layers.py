@@ -1,5 +1,7 @@
 """Small parts that the blocks share."""
 
+import math
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,30 @@ def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...],
 def softcap(x: jax.Array, cap: float) -> jax.Array:
   """cap * tanh(x / cap), which stays within +-cap; x itself for cap 0."""
   return cap * jnp.tanh(x / cap) if cap else x
+
+
+def project(x: jax.Array, weights: jax.Array, *, in_axes: int = 1,
+            **dot_options) -> jax.Array:
+  """Multiplies each token by a matrix, in x's type.
+
+  Tokens are flattened for the product. It is the same to every backend but
+  XLA's CPU one, which answers a contraction over two token axes (the weights'
+  gradient) with a transposed copy of the activations, several times slower.
+
+  Args:
+    x: (B, L, in...).
+    weights: (in..., out...).
+    in_axes: how many axes `in...` is.
+    **dot_options: for `jax.lax.dot`.
+
+  Returns:
+    (B, L, out...).
+  """
+  tokens, out = x.shape[:2], weights.shape[in_axes:]
+  size = math.prod(x.shape[2:])
+  y = jax.lax.dot(x.reshape(-1, size),
+                  weights.astype(x.dtype).reshape(size, -1), **dot_options)
+  return y.reshape(*tokens, *out)
 
 
 class RMSNorm(nnx.Module):

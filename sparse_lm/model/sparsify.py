@@ -41,8 +41,9 @@ def statistical_threshold(x: jax.Array, k: float, axis: int = -1, *,
     x: any shape.
     k: how many entries along `axis` should exceed the threshold.
     axis: the axis of the statistics.
-    where: True for the entries that count, broadcastable to `x`; None: all.
-      Mean, std and d are then those of the counted entries alone.
+    where: True for the entries that count, None: all. Mean, std and d are then
+      those of the counted entries alone. It has x's number of axes, and x's
+      size along `axis`; elsewhere it may have 1.
     bessel: divide the variance by d - 1, not by d. The paper's text has d - 1
       and Gemma 3n, its released form, has d.
 
@@ -53,12 +54,13 @@ def statistical_threshold(x: jax.Array, k: float, axis: int = -1, *,
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   count = x.shape[axis]
   if where is not None:
-    where = jnp.broadcast_to(where, x.shape)
     count = where.sum(axis, keepdims=True)
   quantile = _quantile(k, count)
   divisor = jnp.maximum(count, 1)
   mean = x.sum(axis, keepdims=True, where=where) / divisor
-  squares = jnp.square(x - mean).sum(axis, keepdims=True, where=where)
+  # The squares' sum has no slope in the mean: at the mean it is at its least.
+  deviation = x - jax.lax.stop_gradient(mean)
+  squares = jnp.square(deviation).sum(axis, keepdims=True, where=where)
   std = _safe_sqrt(squares / jnp.maximum(count - bessel, 1))
   # Not mean + std * quantile throughout: 0 * -inf is NaN.
   finite = quantile > -jnp.inf
@@ -92,8 +94,8 @@ def statistical_topk(x: jax.Array, k: float, axis: int = -1, *,
     k: how many entries to keep. With k at least the number of entries the
       threshold would be -inf; `x` is returned as it is.
     axis: the axis to sparsify.
-    where: True for the entries that count, broadcastable to `x`; the others
-      come out as 0. None: all.
+    where: True for the entries that count, the others come out as 0; None:
+      all. See `statistical_threshold`.
     bessel: see `statistical_threshold`.
     huber_delta: see `soft_threshold`.
 

@@ -11,7 +11,7 @@ from sparse_lm.config import ModelConfig
 from sparse_lm.model.attention import Attention, layer_windows
 from sparse_lm.model.cache import LayerCache
 from sparse_lm.model.ffn import FFN
-from sparse_lm.model.layers import RMSNorm, normal_param, softcap
+from sparse_lm.model.layers import RMSNorm, normal_param, project, softcap
 from sparse_lm.model.sharding import LOGITS_AXES, LOOKUP_AXES, constrain
 
 
@@ -178,9 +178,8 @@ class Transformer(nnx.Module):
     if embedding_VxD is None:
       embedding_VxD = self.output_embedding()
     x_BxLxD = constrain(x_BxLxD, "BxLxD", LOGITS_AXES)
-    logits_BxLxV = jnp.einsum("bld,vd->blv", x_BxLxD,
-                              embedding_VxD.astype(x_BxLxD.dtype),
-                              preferred_element_type=jnp.float32)
+    logits_BxLxV = project(x_BxLxD, embedding_VxD.T,
+                           preferred_element_type=jnp.float32)
     logits_BxLxV = constrain(logits_BxLxV, "BxLxV", LOGITS_AXES)
     return softcap(logits_BxLxV, self.config.final_logit_softcap)
 

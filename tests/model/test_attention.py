@@ -115,8 +115,8 @@ def test_spark_keeps_the_keys_above_the_threshold_of_the_visible():
 
 def test_no_query_is_left_without_a_key():
   """One far outlier below: the threshold can exceed every score."""
-  key = np.zeros((1, 64, 1, 8), np.float32)
-  key[0, 0] = -100
+  key = np.zeros((1, 1, 64, 8), np.float32)
+  key[0, 0, 0] = -100
   query = np.ones((1, 1, 1, 1, 8), np.float32)
   config = dataclasses.replace(CONFIG, top_k=1)
   weights, kept = spark_weights(query, key, np.ones((1, 1, 64), bool), config)
@@ -128,7 +128,7 @@ def test_a_key_below_the_threshold_has_no_influence():
   config = dataclasses.replace(CONFIG, top_k=3)
   rng = np.random.default_rng(0)
   query = rng.normal(size=(1, 1, 1, 1, 8)).astype(np.float32)
-  key = rng.normal(size=(1, 30, 1, 8)).astype(np.float32)
+  key = rng.normal(size=(1, 1, 30, 8)).astype(np.float32)
   seen = np.ones((1, 1, 30), bool)
   weights, kept = spark_weights(query, key, seen, config)
   np.testing.assert_array_equal(weights > 0, kept)

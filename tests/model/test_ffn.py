@@ -122,5 +122,5 @@ def test_gemma_3n_layer():
   layer.gate_DxF[...] = gate
   layer.up_DxF[...] = jnp.array(golden["up"])
   layer.down_FxD[...] = jnp.array(golden["down"])
-  y, _ = layer(jnp.array(golden["x"]))
-  np.testing.assert_allclose(y, golden["mlp_output"], atol=1e-6)
+  y, _ = layer(jnp.array(golden["x"])[None])
+  np.testing.assert_allclose(y[0], golden["mlp_output"], atol=1e-6)

@@ -119,7 +119,7 @@ def test_k_of_all_changes_nothing():
   x = jax.random.normal(jax.random.key(0), (3, 50))
   np.testing.assert_array_equal(statistical_topk(x, 50), x)
   np.testing.assert_array_equal(
-      statistical_topk(x, 60, where=jnp.ones(50, bool)), x)
+      statistical_topk(x, 60, where=jnp.ones((1, 50), bool)), x)
 
 
 def test_gemma_3n():
