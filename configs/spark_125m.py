@@ -17,11 +17,12 @@ def get_config() -> Config:
           attention=AttentionConfig(
               shape="spark", num_query_heads=12, num_kv_heads=4, head_dim=64,
               predictor_dim=32, top_k=256),
-          scan_layers=True),
+          scan_layers=True,
+          remat="block"),
       data=DataConfig(dataset="python_source/environment", tokenizer="bpe",
-                      shuffle_window=4096),
+                      shuffle_window=4096, num_workers=8),
       training=TrainingConfig(
-          num_steps=20_000, batch_size=128,
+          num_steps=20_000, batch_size=128, micro_batches=4,
           optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
           log_every=50, eval_every=1000, eval_batches=32,
           checkpoint_every=1000))

@@ -11,14 +11,16 @@ def get_config() -> Config:
           vocab_size=2048,
           context_length=256,
           num_layers=4,
-          model_dim=192,
-          ffn=FFNConfig(shape="spark", num_neurons=1152, predictor_dim=96,
+          model_dim=128,
+          ffn=FFNConfig(shape="spark", num_neurons=768, predictor_dim=64,
                         sparsifier="statistical_topk", active_fraction=0.08),
           attention=AttentionConfig(
-              shape="spark", num_query_heads=3, num_kv_heads=1, head_dim=64,
+              shape="spark", num_query_heads=2, num_kv_heads=1, head_dim=64,
               predictor_dim=32, top_k=32, sliding_window=64, global_every=2)),
-      data=DataConfig(dataset="python_source/stdlib", tokenizer="bpe"),
+      data=DataConfig(dataset="python_source/stdlib", tokenizer="bpe",
+                      shuffle_window=4096),
       training=TrainingConfig(
-          num_steps=900, batch_size=8,
-          optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50)),
+          num_steps=1300, batch_size=4,
+          log_every=50, eval_every=260, checkpoint_every=260,
+          optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100)),
       sample=SampleConfig(prompt="def "))
