@@ -15,7 +15,7 @@ heavier tails leave fewer.
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
+import numpy as np
 import scipy.special
 
 
@@ -25,11 +25,9 @@ def _safe_sqrt(x: jax.Array) -> jax.Array:
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
-def _quantile(k: float, count: int | jax.Array) -> float | jax.Array:
-  """Q(1 - k/count), and -inf where count <= k."""
-  if isinstance(count, int):
-    return float(scipy.special.ndtri(max(1 - k / count, 0)))
-  return ndtri(jnp.maximum(1 - k / jnp.maximum(count, 1), 0))
+def _quantile(k: float, count: np.ndarray | int) -> np.ndarray:
+  """Q(1 - k/count) in float64, and -inf where count <= k."""
+  return scipy.special.ndtri(np.maximum(1 - k / np.maximum(count, 1), 0))
 
 
 def statistical_threshold(x: jax.Array, k: float, axis: int = -1, *,
@@ -53,9 +51,13 @@ def statistical_threshold(x: jax.Array, k: float, axis: int = -1, *,
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   count = x.shape[axis]
-  if where is not None:
+  if where is None:
+    quantile = jnp.asarray(_quantile(k, count), x.dtype)
+  else:
+    # Looked up, since XLA would compute Q anew for every entry of x.
+    table = jnp.asarray(_quantile(k, np.arange(count + 1)), x.dtype)
     count = where.sum(axis, keepdims=True)
-  quantile = _quantile(k, count)
+    quantile = table[count]
   divisor = jnp.maximum(count, 1)
   mean = x.sum(axis, keepdims=True, where=where) / divisor
   # The squares' sum has no slope in the mean: at the mean it is at its least.

@@ -13,23 +13,17 @@ on this machine looks for a TPU first.
 """
 
 from collections.abc import Sequence
-import functools
 import importlib.util
 import os
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
-import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.config import Config, replace
 from sparse_lm.errors import UserError
-from sparse_lm.model.sharding import BATCH_AXES
 from sparse_lm.training import mesh as mesh_lib
-from sparse_lm.training import schedules
-from sparse_lm.training.optimizer import make_optimizer
-from sparse_lm.training.step import init_state, make_train_step
+from sparse_lm.training import program
 
 # What libtpu would ask a TPU's host about.
 _HOST = {
@@ -62,34 +56,16 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
 
 def lower_train_step(config: Config,
                      devices: Sequence[jax.Device]) -> jax.stages.Lowered:
-  """The training step, lowered for `devices`, as training/loop.py jits it.
+  """The training step, lowered for `devices`.
 
   `compute_dtype=auto` is taken as bfloat16: it is the backend of this machine
   that it would look at.
   """
   if config.model.compute_dtype == "auto":
     config = replace(config, **{"model.compute_dtype": "bfloat16"})
-  training, length = config.training, config.model.context_length
-  mesh = mesh_lib.make_mesh(config, devices)
-  optimizer = make_optimizer(training)
-  state = jax.eval_shape(functools.partial(init_state, config, optimizer))
-  shardings = mesh_lib.shardings(mesh, state)
-  state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state, shardings)
-  rows = functools.partial(
-      jax.ShapeDtypeStruct, (training.batch_size, length),
-      sharding=NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
-  batch = {name: rows(jnp.int32) for name in (
-      "tokens_BxL", "targets_BxL", "segment_ids_BxL", "positions_BxL")}
-  batch["weights_BxL"] = rows(jnp.float32)
-  step = make_train_step(
-      config, optimizer,
-      schedules.learning_rate(training.optimizer, training.num_steps),
+  return program.lower_train_step(
+      config, mesh_lib.make_mesh(config, devices),
       np.zeros(config.model.vocab_size, np.float32))
-  with jax.set_mesh(mesh):
-    return jax.jit(step, donate_argnums=0,
-                   out_shardings=(shardings, None)).lower(state, batch)
 
 
 def bytes_per_chip(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -26,11 +26,10 @@ from sparse_lm.data.pipeline import Corpus, open_corpus
 from sparse_lm.errors import UserError
 from sparse_lm.training import metrics as metrics_lib
 from sparse_lm.training import mesh as mesh_lib
-from sparse_lm.training import schedules, workdir as workdir_lib
+from sparse_lm.training import program
+from sparse_lm.training import workdir as workdir_lib
 from sparse_lm.training.checkpoint import Checkpointer, latest_step
-from sparse_lm.training.optimizer import make_optimizer
-from sparse_lm.training.step import (TrainState, init_state, make_eval_step,
-                                     make_train_step)
+from sparse_lm.training.step import TrainState, make_eval_step
 
 Report = Callable[[str], None]
 
@@ -126,8 +125,7 @@ class Trainer:
     self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
     self.batches = iter(self.corpus.train(jax.process_index(),
                                           jax.process_count()))
-    with jax.set_mesh(self.mesh):
-      self.state = self._restore_or_create()
+    self.state = self._restore_or_create()
     self.step = int(self.state.step)
     if jax.process_index() == 0:
       workdir_lib.record(workdir, config, self.corpus)
@@ -138,31 +136,18 @@ class Trainer:
     self._evaluation = None  # (step, summary) of the newest evaluation
 
   def _restore_or_create(self) -> TrainState:
-    optimizer = make_optimizer(self.config.training)
-    create = functools.partial(init_state, self.config, optimizer)
-    shapes = jax.eval_shape(create)
-    shardings = mesh_lib.shardings(self.mesh, shapes)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes, shardings)
-    state = self.checkpointer.restore(abstract, self.batches, self.report)
-    if state is not None:
-      return state
-    return jax.jit(create, out_shardings=shardings)()
+    state = self.checkpointer.restore(
+        program.abstract_state(self.config, self.mesh), self.batches,
+        self.report)
+    return state or program.create_state(self.config, self.mesh)
 
-  def _compile_train_step(self, batch):
-    training = self.config.training
-    step = make_train_step(
-        self.config, make_optimizer(training),
-        schedules.learning_rate(training.optimizer, training.num_steps),
-        self.text_bytes_V)
-    shardings = mesh_lib.shardings(self.mesh, self.state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  def _compile_train_step(self):
     start = time.perf_counter()
-    compiled = jitted.lower(self.state, batch).compile()
-    self.report(f"compiled the training step in "
+    step = program.lower_train_step(self.config, self.mesh,
+                                    self.text_bytes_V).compile()
+    self.report("compiled the training step in "
                 f"{time.perf_counter() - start:.1f} s")
-    return compiled
+    return step
 
   @functools.cached_property
   def _eval_step(self):
@@ -195,8 +180,8 @@ class Trainer:
       UserError: when the loss is no longer a number.
     """
     training = self.config.training
+    train_step = self._compile_train_step()
     batch = mesh_lib.place_batch(self.mesh, next(self.batches))
-    train_step = self._compile_train_step(batch)
     self.clock = Clock()
     with StopSignal() as stop:
       while True:
