@@ -2,6 +2,10 @@
 
 Two of Spark's matrices hold as much as three of the gated GELU layer's at two
 thirds of the neurons.
+
+  python -m sparse_lm.train --config=configs/dense_tiny.py --workdir=runs/dense_tiny
+
+@DENSE@
 """
 
 from sparse_lm import config as config_lib

@@ -1,4 +1,11 @@
-"""Gemma-2 2B, the dense twin of spark_2b: same parameters, data and tokens."""
+"""Gemma-2 2B, the dense twin of spark_2b: same parameters, data and tokens.
+
+  python -m sparse_lm.train --config=configs/gemma2_2b.py --workdir=<a folder all hosts see>
+
+on every host of a TPU v5e:16x16 (256 chips). Compiled for that topology, not
+run: 6.9 GB of a chip's 16 GB, jax 0.12, 2026-11-22. Time and result: not
+measured.
+"""
 
 from sparse_lm import config as config_lib
 from sparse_lm.configs import spark_2b

@@ -1,4 +1,17 @@
-"""A 125M-parameter Spark Transformer, for one GPU."""
+"""A Spark Transformer of 129M parameters, for one GPU.
+
+What: 12 layers, D 768, 12 query and 4 key/value heads of 64, 4,608 neurons of
+which 8% are active, 256 keys per query, vocabulary 32,768; on every .py file
+that the interpreter can import (hundreds of MB where PyTorch is installed).
+
+  python -m sparse_lm.train --config=configs/spark_125m.py --workdir=runs/spark_125m
+
+Hardware: one NVIDIA H200, jax 0.11.2, 2026-11-22: 97k tokens/s (MFU 8%), 11 GB
+of temporaries, 32 s to compile. Its dense twin (gated, 3,072 neurons, dense
+attention) trains at 187k tokens/s: Spark attention has no fused kernel yet.
+At that rate the 20,000 steps of 131k tokens are 7.5 hours; they have not been
+run to the end. After 80 steps the training loss was 4.48 (dense: 4.58).
+"""
 
 from sparse_lm.config import (AttentionConfig, Config, DataConfig, FFNConfig,
                               ModelConfig, OptimizerConfig, TrainingConfig)

@@ -1,4 +1,14 @@
-"""A small Spark Transformer on the Python standard library: the main job."""
+"""A small Spark Transformer on the Python standard library: the main job.
+
+What: 4 layers, D 128, 2 query heads and 1 key/value head of 64, 768 neurons of
+which 8% are active (R 64), 32 keys per query, sliding window 64 on every other
+layer; a BPE tokenizer of 2,048 tokens; 1.25M parameters, 1.33M tokens.
+Paper: Spark Transformer, arXiv 2506.06644, in miniature.
+
+  python -m sparse_lm.train --config=configs/spark_tiny.py --workdir=runs/spark_tiny
+
+@SPARK@
+"""
 
 from sparse_lm.config import (AttentionConfig, Config, DataConfig, FFNConfig,
                               ModelConfig, OptimizerConfig, SampleConfig,

@@ -20,13 +20,11 @@ from sparse_lm.training import mesh
 def _finish(outcome, config, workdir: pathlib.Path) -> None:
   """The table, the sample and the plots that end a run."""
   from sparse_lm.analysis import plots, report  # pylint: disable=g-import-not-at-top
-  print()
-  print(report.summary_table(config.model, outcome.evaluation))
-  print()
-  print(report.completion(config, outcome.state.params,
-                          outcome.corpus.tokenizer))
+  print(f"\n{report.summary_table(config.model, outcome.evaluation)}\n")
+  if jax.process_count() == 1:  # Else no process holds all parameters.
+    print(report.completion(config, outcome.state.params,
+                            outcome.corpus.tokenizer) + "\n")
   plots.plot_run(workdir)
-  print()
   print(report.file_list(workdir))
 
 
@@ -50,8 +48,7 @@ def main(argv: Sequence[str]) -> None:
           "steps). To see it again: python -m sparse_lm.evaluate --workdir="
           f"{args.workdir}. To start another, name another --workdir (make "
           "train WORKDIR=runs/another)")
-    return
-  if jax.process_count() == 1:
+  else:
     _finish(outcome, config, args.workdir)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILL_AT = pathlib.Path(__file__).parent / "training" / "kill_at.py"
+PROCESS = KILL_AT.with_name("process.py")
 NUM_STEPS = 12  # of tests/tiny.py
 
 
@@ -178,6 +180,31 @@ def test_a_signal_saves_and_the_run_goes_on(environment, call, tiny_flags,
   assert result.returncode == 0 and "resuming from step" in result.stdout
   # Stopping writes a line of its own, so the train lines differ.
   assert_same_end(workdir, tiny_run[0], splits=["eval"])
+
+
+def test_two_processes_train_one_model(environment, call, tiny_flags, tmp_path):
+  """Each with its share of the documents; one process evaluates the result.
+
+  Held-out batches do not depend on the number of processes, so its loss must
+  be the one that the two measured.
+  """
+  workdir = tmp_path / "two"
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  processes = [subprocess.Popen(
+      [sys.executable, str(PROCESS), str(index), "2", str(port), *tiny_flags,
+       f"--workdir={workdir}"], cwd=ROOT, env=environment, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for index in (0, 1)]
+  results = [process.communicate(timeout=300) for process in processes]
+  for process, (_, errors) in zip(processes, results):
+    assert process.returncode == 0, errors
+  assert "step 12/12" in results[0][0] and not results[1][0]
+  assert [line["step"] for line in lines_of(workdir, "train")] == [
+      2, 4, 6, 8, 10, 12]
+  result = call("evaluate", f"--workdir={workdir}", "--batches=2", "--json")
+  np.testing.assert_allclose(json.loads(result.stdout)["loss"],
+                             lines_of(workdir, "eval")[-1]["loss"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate"])

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from sparse_lm import flops
@@ -151,7 +152,8 @@ class Trainer:
 
   @functools.cached_property
   def _eval_step(self):
-    return jax.jit(make_eval_step(self.config, self.text_bytes_V))
+    return jax.jit(make_eval_step(self.config, self.text_bytes_V),
+                   out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
   def evaluate(self) -> dict[str, Any]:
     """Loss and sparsity on held-out data; once per step."""

@@ -59,6 +59,7 @@ def lower_train_step(config: Config, mesh: Mesh,
       schedules.learning_rate(training.optimizer, training.num_steps),
       text_bytes_V)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(
-      jax.tree.map(lambda x: x.sharding, state), None))
+      jax.tree.map(lambda x: x.sharding, state),
+      NamedSharding(mesh, PartitionSpec())))
   with jax.set_mesh(mesh):
     return jitted.lower(state, abstract_batch(config, mesh))

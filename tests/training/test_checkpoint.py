@@ -16,10 +16,6 @@ from sparse_lm.training.checkpoint import (Checkpointer, latest_step,
                                            load_run_params)
 from sparse_lm.training.step import TrainState, init_state
 
-# TensorStore warns of the reads that a damaged file leaves unfinished.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning")
-
 ADAM = optax.adam(1e-3)
 
 
