@@ -10,7 +10,8 @@ paper's are not public.
 
   python -m sparse_lm.train --config=configs/spark_2b.py --workdir=<a folder all hosts see>
 
-on every host of a TPU v5e:16x16 (256 chips). Compiled for that topology, not
+on every host of a TPU v5e:16x16 (256 chips), once TFDS has prepared C4 as
+ArrayRecord there (which takes Apache Beam). Compiled for that topology, not
 run: 7.5 GB of a chip's 16 GB (state 2.0, temporaries 5.6), by
 tests/test_tpu_compile.py, jax 0.12, 2026-11-22. Time and result: not measured.
 """
@@ -36,7 +37,8 @@ def get_config() -> Config:
           final_logit_softcap=30.0,
           scan_layers=True,
           remat="block"),
-      data=DataConfig(dataset="c4", tokenizer="bpe", shuffle_window=4096),
+      data=DataConfig(dataset="c4", tokenizer="bpe", shuffle_window=256,
+                      num_workers=16),
       training=TrainingConfig(
           num_steps=480_000, batch_size=512, loss_chunk=512,
           optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2000),

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 import importlib
 import importlib.util
+import os
 import pathlib
 import sys
 
@@ -31,19 +32,23 @@ class Parser(argparse.ArgumentParser):
 
 def _get_config(path: str) -> Config:
   """Calls `get_config()` of a file, or of a config shipped here by its name."""
+  is_file, name = path.endswith(".py"), f"sparse_lm.configs.{path}"
+  if not (os.path.isfile(path) if is_file else importlib.util.find_spec(name)):
+    raise UserError(f"--config={path}: no such file, nor a config of that "
+                    "name in sparse_lm.configs")
   try:
-    if path.endswith(".py"):
+    if is_file:
       spec = importlib.util.spec_from_file_location("experiment", path)
       module = importlib.util.module_from_spec(spec)
       spec.loader.exec_module(module)
     else:
-      module = importlib.import_module(f"sparse_lm.configs.{path}")
-    return module.get_config()
+      module = importlib.import_module(name)
+    config = module.get_config()
+    if not isinstance(config, Config):
+      raise TypeError(f"get_config() returned {config!r:.60}, not a Config")
+    return config
   except UserError:
     raise
-  except (FileNotFoundError, ModuleNotFoundError) as e:
-    raise UserError(f"--config={path}: no such file, nor a config of that "
-                    "name in sparse_lm.configs") from e
   except Exception as e:  # pylint: disable=broad-exception-caught
     # The file is the user's code: whatever it raises is theirs to mend.
     raise UserError(f"--config={path}: {type(e).__name__}: {e}") from e
@@ -103,7 +108,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(130)  # 128 + SIGINT; the training loop saves and says so itself.
   except BrokenPipeError:
-    # The reader of our output (head, less) went away: no error of ours.
+    # The reader of our output (head, less) went away.
     sys.stderr.close()
-    sys.exit(0)
+    sys.exit(141)  # 128 + SIGPIPE

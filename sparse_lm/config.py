@@ -18,6 +18,7 @@ from typing import Any
 from sparse_lm.errors import UserError
 
 FFN_SHAPES = ("plain", "gated", "spark")
+ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh")
 SPARSIFIERS = ("none", "statistical_topk")
 ATTENTION_SHAPES = ("dense", "spark")
 SCHEDULES = ("cosine", "warmup_stable_decay", "constant")
@@ -51,7 +52,7 @@ class FFNConfig:
   # parameters than plain.
   shape: str = "spark"
   num_neurons: int = 1024  # F
-  activation: str = "gelu_tanh"  # a name in model/activations.py
+  activation: str = "gelu_tanh"  # see model/activations.py
   # Applied to what enters the activation (the predictor's or gate's output).
   sparsifier: str = "statistical_topk"
   active_fraction: float = 0.08  # k / F, the fraction the sparsifier keeps
@@ -61,6 +62,7 @@ class FFNConfig:
 
   def __post_init__(self):
     check_choice(self.shape, FFN_SHAPES, "model.ffn.shape")
+    check_choice(self.activation, ACTIVATIONS, "model.ffn.activation")
     check_choice(self.sparsifier, SPARSIFIERS, "model.ffn.sparsifier")
     check(self.num_neurons > 0, "model.ffn.num_neurons",
           f"{self.num_neurons} must be above 0")
@@ -78,6 +80,12 @@ class FFNConfig:
     if self.sparsifier == "none":
       return self.num_neurons
     return round(self.active_fraction * self.num_neurons)
+
+  def input_dims(self, model_dim: int) -> tuple[int, int]:
+    """How many input dims the gate reads, and how many up reads."""
+    return {"plain": (model_dim, 0), "gated": (model_dim, model_dim),
+            "spark": (self.predictor_dim, model_dim - self.predictor_dim),
+            }[self.shape]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +123,8 @@ class AttentionConfig:
           "model.attention.num_query_heads",
           f"{self.num_query_heads} is not divisible by "
           f"num_kv_heads={self.num_kv_heads}")
+    check(self.rope_base > 0, "model.attention.rope_base",
+          f"{self.rope_base} must be above 0")
     check(self.head_dim % 2 == 0, "model.attention.head_dim",
           f"{self.head_dim} must be even for rotary embeddings")
     if self.shape == "spark":
@@ -153,6 +163,8 @@ class ModelConfig:
             f"{getattr(self, name)} must be above 0")
     check(self.context_length > 1, "model.context_length",
           f"{self.context_length} must be above 1")
+    check(self.norm_epsilon > 0, "model.norm_epsilon",
+          f"{self.norm_epsilon} must be above 0")
     check(self.final_logit_softcap >= 0, "model.final_logit_softcap",
           f"{self.final_logit_softcap} must not be negative")
     if self.ffn.shape == "spark":
@@ -262,10 +274,12 @@ class TrainingConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   log_every: int = free(20)  # steps
-  eval_every: int = free(200)  # steps
+  eval_every: int = free(200)  # steps; ranks the checkpoint of its step
   eval_batches: int = free(16)  # at most, in an evaluation
   checkpoint_every: int = free(200)  # steps
-  keep_checkpoints: int = free(2)  # the newest so many, and the best
+  # The newest so many, and that of the lowest held-out loss among those saved
+  # at a step that evaluates.
+  keep_checkpoints: int = free(2)
 
   def __post_init__(self):
     for name in ("num_steps", "batch_size", "micro_batches", "log_every",
@@ -276,6 +290,8 @@ class TrainingConfig:
     for name in ("z_loss", "loss_chunk"):
       check(getattr(self, name) >= 0, f"training.{name}",
             f"{getattr(self, name)} must not be negative")
+    check(0 <= self.seed < 2**32, "training.seed",
+          f"{self.seed} must be in [0, 2^32)")
     check(self.batch_size % self.micro_batches == 0,
           "training.micro_batches",
           f"{self.micro_batches} does not divide batch_size={self.batch_size}")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from sparse_lm import cli
+from sparse_lm.errors import UserError
 from sparse_lm.training import checkpoint, metrics, workdir
 from sparse_lm.training.step import make_eval_step
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--json", action="store_true",
                       help="print one JSON object instead of a table")
   args = parser.parse_args(argv)
+  if args.batches is not None and args.batches < 1:
+    raise UserError(f"--batches={args.batches}: must be above 0")
   result = evaluate(args.workdir, args.split, args.batches, args.step)
   if args.json:
     print(json.dumps(result))

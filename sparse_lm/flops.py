@@ -58,20 +58,20 @@ def _fixed(config: ModelConfig) -> tuple[float, float]:
           2 * dim * config.vocab_size)
 
 
-def _ffn_dims(config: ModelConfig) -> tuple[int, int]:
-  """Input dims of the gate and of up."""
-  dim = config.model_dim
-  predictor = config.ffn.predictor_dim
-  return {"plain": (dim, 0), "gated": (dim, dim),
-          "spark": (predictor, dim - predictor)}[config.ffn.shape]
+def dense_flops(config: ModelConfig,
+                visible_keys_N: Sequence[float] | None = None) -> Flops:
+  """FLOPs with every neuron and every visible key computed.
 
-
-def dense_flops(config: ModelConfig, length: int | None = None) -> Flops:
-  """FLOPs with every neuron and every visible key computed."""
+  Args:
+    config: the model.
+    visible_keys_N: measured keys visible per query and layer; None: those of
+      one causal sequence of the context's length.
+  """
   a = config.attention
-  gate_dim, up_dim = _ffn_dims(config)
+  gate_dim, up_dim = config.ffn.input_dims(config.model_dim)
   ffn = 2 * config.ffn.num_neurons * (gate_dim + up_dim + config.model_dim)
-  seen = visible_keys(config, length).sum()
+  seen = np.sum(visible_keys(config) if visible_keys_N is None
+                else visible_keys_N)
   projections, logits = _fixed(config)
   return Flops(ffn=config.num_layers * ffn, projections=projections,
                attention=a.num_query_heads * 4 * a.head_dim * seen,
@@ -81,8 +81,7 @@ def dense_flops(config: ModelConfig, length: int | None = None) -> Flops:
 def executed_flops(config: ModelConfig,
                    active_neurons_N: Sequence[float] | None = None,
                    attended_keys_N: Sequence[float] | None = None,
-                   visible_keys_N: Sequence[float] | None = None,
-                   length: int | None = None) -> Flops:
+                   visible_keys_N: Sequence[float] | None = None) -> Flops:
   """FLOPs with inactive neurons and dropped keys skipped.
 
   Args:
@@ -91,18 +90,16 @@ def executed_flops(config: ModelConfig,
       the sparsifier aims at.
     attended_keys_N: measured keys attended per query and layer; None: top_k,
       or the visible ones where they are fewer.
-    visible_keys_N: measured keys visible per query and layer; None: those of
-      one causal sequence of `length`.
-    length: tokens in the sequence; None: the context length.
+    visible_keys_N: as in `dense_flops`.
   """
   a, layers = config.attention, config.num_layers
   if visible_keys_N is None:
-    visible_keys_N = visible_keys(config, length)
+    visible_keys_N = visible_keys(config)
   seen = np.asarray(visible_keys_N)
   if active_neurons_N is None:
     active_neurons_N = [config.ffn.num_active] * layers
   active = np.asarray(active_neurons_N)
-  gate_dim, up_dim = _ffn_dims(config)
+  gate_dim, up_dim = config.ffn.input_dims(config.model_dim)
   ffn = (layers * 2 * gate_dim * config.ffn.num_neurons
          + 2 * (up_dim + config.model_dim) * active.sum())
   predictor, kept = a.head_dim, seen
@@ -124,6 +121,7 @@ PEAK_FLOPS = {
     "v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12,
     "v5": 459e12, "v6 lite": 918e12, "v6e": 918e12, "a100": 312e12,
     "h100": 989e12, "h200": 989e12, "b200": 2250e12, "l4": 121e12,
+    "l40": 181e12, "l40s": 362e12,
 }
 
 

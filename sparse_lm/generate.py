@@ -1,6 +1,16 @@
 """Complete a prompt with a trained model.
 
-  python -m sparse_lm.generate --workdir=runs/spark_tiny --prompt='def main('
+  python -m sparse_lm.generate --workdir=runs/spark_tiny --prompt='def read_prompt(flag: str) -> str:
+  """The prompt, from standard input where the flag is a dash."""
+  try:
+    if flag == "-":
+      return sys.stdin.buffer.read().decode()
+    return flag.encode().decode()
+  except UnicodeError as e:
+    raise UserError("--prompt: is not UTF-8 text") from e
+
+
+def main('
 
 Reads config, tokenizer and parameters from the run's folder and prints the
 text as it is drawn, until the document ends, the context is full or
@@ -16,6 +26,7 @@ from typing import Any
 from sparse_lm import cli
 from sparse_lm.config import Config
 from sparse_lm.decoding import Decoder, make_sampler, stream_text
+from sparse_lm.errors import UserError
 
 
 def load(folder: pathlib.Path, step: int | None = None
@@ -27,6 +38,16 @@ def load(folder: pathlib.Path, step: int | None = None
   step, params = checkpoint.load_run_params(
       folder, config, lambda line: print(line, file=sys.stderr), step)
   return config, params, tokenizer_lib.load(folder / workdir.TOKENIZER), step
+
+
+def read_prompt(flag: str) -> str:
+  """The prompt, from standard input where the flag is a dash."""
+  try:
+    if flag == "-":
+      return sys.stdin.buffer.read().decode()
+    return flag.encode().decode()
+  except UnicodeError as e:
+    raise UserError("--prompt: is not UTF-8 text") from e
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
                       help="print one JSON object when done, no stream")
   args = parser.parse_args(argv)
   sampler = make_sampler(args.temperature, args.top_k, args.top_p)
-  prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+  prompt = read_prompt(args.prompt)
   config, params, tokenizer, step = load(args.workdir, args.step)
   decoder = Decoder(config.model, params)
   pieces = stream_text(decoder, tokenizer, prompt, args.max_new_tokens,
@@ -62,7 +83,8 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(dict(prompt=prompt, completion="".join(pieces), step=step,
                           **decoder.sparsity())))
     return
-  print(prompt, end="", flush=True)
+  first = next(pieces)  # Refuses a prompt that does not fit.
+  print(prompt + first, end="", flush=True)
   for piece in pieces:
     print(piece, end="", flush=True)
   print()

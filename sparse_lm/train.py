@@ -20,11 +20,11 @@ from sparse_lm.training import mesh
 def _finish(outcome, config, workdir: pathlib.Path) -> None:
   """The table, the sample and the plots that end a run."""
   from sparse_lm.analysis import plots, report  # pylint: disable=g-import-not-at-top
+  plots.plot_run(workdir)
   print(f"\n{report.summary_table(config.model, outcome.evaluation)}\n")
   if jax.process_count() == 1:  # Else no process holds all parameters.
     print(report.completion(config, outcome.state.params,
                             outcome.corpus.tokenizer) + "\n")
-  plots.plot_run(workdir)
   print(report.file_list(workdir))
 
 

@@ -126,7 +126,8 @@ def final_state(workdir):
   folder = workdir / "checkpoints" / str(NUM_STEPS)
   arrays = {name: ocp.StandardCheckpointer().restore(folder / name)
             for name in ("params", "rest")}
-  position = {p.name: p.read_text() for p in (folder / "data").glob("process_*")}
+  position = {p.name: p.read_text()
+              for p in (folder / "data").glob("process_*")}
   assert position
   return arrays, position
 
@@ -216,12 +217,16 @@ def test_help(call, command):
 
 
 def refused(result, *parts):
-  """One line on stderr with every part in it, and status 2."""
+  """One line of error with every part in it, the last, and status 2.
+
+  Before it there may be notices of data that were prepared.
+  """
   assert result.returncode == 2, result.stderr
-  assert len(result.stderr.splitlines()) == 1, result.stderr
-  assert result.stderr.startswith("error: ")
+  *notices, error = result.stderr.splitlines()
+  assert error.startswith("error: ")
+  assert all(line.startswith("text_folder: ") for line in notices), notices
   for part in parts:
-    assert part in result.stderr
+    assert part in error
 
 
 def test_train_refuses_bad_flags_before_it_starts(call, tiny_flags, tmp_path):
@@ -270,12 +275,15 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
                 "--config.training.optimizer.warmup_steps=12",
                 "--config.training.checkpoint_every=1",
                 "--config.training.eval_every=100")
-  refused(result, "step ", "not a finite number",
+  refused(result, "step ", "not finite numbers",
           "config.training.optimizer.learning_rate")
-  step = int(result.stderr.split("step ")[1].split(":")[0])
+  step = int(result.stderr.split("error: step ")[1].split(":")[0])
   newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir()
                if p.name.isdigit())
   assert newest == step - 1
+  # What is left can be used: its parameters are finite.
+  good = call("evaluate", f"--workdir={workdir}", "--json")
+  assert np.isfinite(json.loads(good.stdout)["z_loss"])
 
 
 def test_evaluate_and_generate_refuse(call, tiny_run, tmp_path):
@@ -287,3 +295,4 @@ def test_evaluate_and_generate_refuse(call, tiny_run, tmp_path):
   refused(call("generate", at, "--temperature=hot"), "--temperature")
   refused(call("generate", at, "--top_p=2"), "--top_p")
   refused(call("generate", at, "--step=5"), "no checkpoint 5")
+  refused(call("evaluate", at, "--batches=0"), "--batches=0")

@@ -62,6 +62,7 @@ def test_overrides():
     ("--config.model.ffn.active_fraction=0", "0.0 must be in .0, 1."),
     ("--config.model.ffn.active_fraction=1.5", "1.5 must be in .0, 1."),
     ("--config.model.ffn.shape=dense", "'dense' is not one of plain, gated"),
+    ("--config.training.seed=-1", "seed: -1 must be in"),
     ("--config.training.micro_batches=3", "3 does not divide batch_size"),
     ("--config.training.optimizer.warmup_steps=99999", "go past num_steps"),
     ("--config.data.dataset=text_folder", "config.data.path"),
@@ -78,6 +79,8 @@ def test_mistakes_are_one_line_that_names_the_key(flag, message):
 @pytest.mark.parametrize("source, message", [
     (None, "no such file"),
     ("x = 1\n", "AttributeError"),
+    ("import nowhere\n", "No module named 'nowhere'"),
+    ("def get_config():\n  pass\n", "returned None, not a Config"),
     ("def get_config(:\n", "SyntaxError"),
     ("from sparse_lm.config import *\n"
      "def get_config():\n  return Config(model=ModelConfig(num_layers=0))\n",

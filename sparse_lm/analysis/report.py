@@ -11,10 +11,11 @@ from sparse_lm.decoding import Decoder, make_sampler, stream_text
 def _flop_rows(model: ModelConfig, result: dict[str, Any]) -> list[str]:
   """FLOPs per token, dense-equivalent and executed, by part."""
   neurons = model.ffn.num_neurons
-  dense = flops.dense_flops(model)
+  seen = result["visible_keys_N"]
+  dense = flops.dense_flops(model, seen)
   executed = flops.executed_flops(
       model, [f * neurons for f in result["active_fraction_N"]],
-      result["attended_keys_N"])
+      result["attended_keys_N"], seen)
   rows = [f"{'MFLOP per token':<22}{'dense':>10}{'executed':>10}{'ratio':>8}"]
   for name in ("ffn", "projections", "attention", "logits", "total"):
     a, b = getattr(dense, name) / 1e6, getattr(executed, name) / 1e6

@@ -17,6 +17,7 @@ from sparse_lm.errors import UserError
 Path = pathlib.Path
 Folder = tuple[Path, frozenset[str]]  # a folder, and subfolder names to skip
 
+_SPLITS = ("train", "validation", "test")
 _IN_TWENTY = {0: "validation", 1: "test"}  # the other 18 are "train"
 
 
@@ -30,11 +31,16 @@ def split_of(text_digest: str) -> str:
 
 
 def _fill_empty(splits: dict[str, set[str]]) -> None:
-  """Gives every split a document, where there are three or more."""
-  for name in _IN_TWENTY.values():
-    if not splits[name] and len(splits["train"]) > 1:
-      moved = min(splits["train"])
-      splits["train"].remove(moved)
+  """Moves a document of the largest split to each empty one.
+
+  Args:
+    splits: the digests of each split, three or more in all. Changed in place.
+  """
+  for name in _SPLITS:
+    if not splits[name]:
+      largest = max(_SPLITS, key=lambda other: len(splits[other]))
+      moved = min(splits[largest])
+      splits[largest].remove(moved)
       splits[name].add(moved)
 
 
@@ -89,14 +95,15 @@ class DocumentBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing to download
     splits = self._scan()
-    if not any(splits.values()):
+    if sum(map(len, splits.values())) < len(_SPLITS):
       raise UserError(
-          f"config.data.dataset: {self.name} holds no text: {self.summary()}")
-    return {name: self._generate_examples(splits[name])
-            for name in ("train", "validation", "test") if splits[name]}
+          f"config.data.dataset: {self.name} needs three documents, one for "
+          f"each split, but holds {self.summary()}")
+    _fill_empty(splits)  # TFDS accepts no split without examples
+    return {name: self._generate_examples(splits[name]) for name in _SPLITS}
 
   def _scan(self) -> dict[str, set[str]]:
-    """The digests of each split. TFDS accepts no split without examples."""
+    """The digests of each split, by content alone."""
     splits = collections.defaultdict(set)
     counts = collections.Counter()
     fingerprint = 0
@@ -115,7 +122,6 @@ class DocumentBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       counts["documents"] += 1
       counts["bytes"] += len(text.encode())
       fingerprint ^= int(key, 16)  # the same in any order
-    _fill_empty(splits)
     self.info.metadata.update(counts, fingerprint=f"{fingerprint:064x}")
     return splits
 

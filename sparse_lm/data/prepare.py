@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import pathlib
+import sys
 
 import tensorflow_datasets as tfds
 
@@ -95,8 +96,8 @@ def open_tokenizer(builder: Builder, data: DataConfig,
       trained = tokenizer_lib.train_bpe(
           (texts[i] for i in range(len(texts))), vocab_size)
       trained.save(file)
-      print(f"{data.dataset}: bpe tokenizer of {trained.vocab_size:,} tokens",
-            flush=True)
+      _notify(
+          f"{data.dataset}: bpe tokenizer of {trained.vocab_size:,} tokens")
   return tokenizer_lib.load(file)
 
 
@@ -173,7 +174,7 @@ def _prepare_quietly(builder: documents.DocumentBuilder,
                     f"{data.cache_dir}: {error}") from error
   finally:
     tfds.display_progress_bar(True)
-  print(f"{data.dataset}: {builder.summary()}", flush=True)
+  _notify(f"{data.dataset}: {builder.summary()}")
 
 
 def _download(builder: Builder, data: DataConfig) -> None:
@@ -191,6 +192,11 @@ def _check_text_key(builder: Builder, text_key: str) -> None:
   if text_key not in texts:
     raise UserError(f"config.data.text_key: {text_key!r} is not a text of "
                     f"{builder.name}; it has {', '.join(texts) or 'none'}")
+
+
+def _notify(line: str) -> None:
+  """To stderr: stdout is for a command's results, which may be JSON."""
+  print(line, file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:

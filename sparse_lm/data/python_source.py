@@ -1,8 +1,9 @@
 """TFDS builder of Python source code that every machine already has.
 
 `python_source/stdlib` is the running interpreter's standard library, without
-its tests and generated tables: about 10 MB. `python_source/environment` is every package that the
-interpreter can import, for larger runs. Neither needs a network.
+its tests and generated tables: about 10 MB. `python_source/environment` is
+every package that the interpreter can import, for larger runs. Neither needs a
+network.
 """
 
 from collections.abc import Iterator

@@ -45,7 +45,9 @@ def _lines(file: pathlib.Path, path: str,
       if isinstance(line, bytes):
         yield path, line
       elif line.strip():
-        yield path, _text_of_line(line, text_key, f"{file}:{number}")
+        text = _text_of_line(line, text_key, f"{file}:{number}")
+        # JSON can escape a lone surrogate, which has no UTF-8 form.
+        yield path, documents.decode(text.encode(errors="surrogatepass"))
 
 
 class TextFolder(documents.DocumentBuilder, skip_registration=True):

@@ -12,9 +12,8 @@ import numpy as np
 from sparse_lm.config import ModelConfig
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
-from sparse_lm.model import Transformer
 from sparse_lm.model.cache import empty_cache
-from sparse_lm.model.transformer import Statistics, unstack
+from sparse_lm.model.transformer import Statistics, model_graph, unstack
 
 
 def _bucket(length: int, limit: int) -> int:
@@ -31,20 +30,23 @@ class Decoder:
 
   def __init__(self, config: ModelConfig, params: Any):
     """Args are the model's config and its parameters as training has them."""
-    graph = nnx.graphdef(
-        nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
-    model = unstack(nnx.merge(graph, params))
+    model = unstack(nnx.merge(model_graph(config), params))
     self.config = config
     self.statistics: Statistics | None = None  # of the newest `generate`
     self._dtype = model.dtype
-    self._graph, params = nnx.split(model)
-    self._params = jax.tree.map(lambda x: x.astype(self._dtype), params)
+    graph, params = nnx.split(model)
+    # Norms' scales, the vectors, are used in float32.
+    self._params = jax.tree.map(
+        lambda x: x.astype(self._dtype) if x.ndim > 1 else x, params)
+    self._advance = jax.jit(functools.partial(self._step, graph),
+                            static_argnums=6, donate_argnums=1)
 
-  @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
-  def _advance(self, params, cache, tokens_BxL, start_B, last_B, key, sampler):
+  @staticmethod
+  def _step(graph, params, cache, tokens_BxL, start_B, last_B, key, sampler):
     """Feeds L tokens a row; the cache then holds them.
 
     Args:
+      graph: the model without its parameters.
       params: the model's.
       cache: donated.
       tokens_BxL: the tokens, from position `start_B` on.
@@ -57,7 +59,7 @@ class Decoder:
       The next token (B,), the cache, the statistics of these tokens.
     """
     positions_BxL = start_B[:, None] + jnp.arange(tokens_BxL.shape[1])
-    model = nnx.merge(self._graph, params)
+    model = nnx.merge(graph, params)
     x_BxLxD, statistics, cache = model.hidden(tokens_BxL, positions_BxL,
                                               cache=cache)
     last_Bx1xD = jnp.take_along_axis(x_BxLxD, last_B[:, None, None], axis=1)

@@ -5,8 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.errors import UserError
-
 
 def relu2(x: jax.Array) -> jax.Array:
   """Squared ReLU, max(x, 0)^2 (So et al., 2021, arXiv 2109.08668)."""
@@ -23,6 +21,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
   return jax.nn.gelu(x, approximate=True)
 
 
+# The names are config.ACTIVATIONS.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "relu2": relu2,
@@ -30,11 +29,3 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
 }
-
-
-def get_activation(name: str) -> Callable[[jax.Array], jax.Array]:
-  """The activation called `name`; `UserError` if there is none."""
-  if name not in ACTIVATIONS:
-    raise UserError(f"config.model.ffn.activation: {name!r} is not one of "
-                    f"{', '.join(ACTIVATIONS)}")
-  return ACTIVATIONS[name]

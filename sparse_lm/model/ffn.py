@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from sparse_lm.config import FFNConfig
 from sparse_lm.model import sparsify
-from sparse_lm.model.activations import get_activation
+from sparse_lm.model.activations import ACTIVATIONS
 from sparse_lm.model.layers import normal_param, project
 from sparse_lm.model.sharding import constrain
 
@@ -32,14 +32,10 @@ class FFN(nnx.Module):
   """
 
   def __init__(self, config: FFNConfig, model_dim: int, rngs: nnx.Rngs):
-    gate_dim, up_dim = {
-        "plain": (model_dim, 0),
-        "gated": (model_dim, model_dim),
-        "spark": (config.predictor_dim, model_dim - config.predictor_dim),
-    }[config.shape]
+    gate_dim, up_dim = config.input_dims(model_dim)
     neurons = config.num_neurons
     self.config = config
-    self.activation = get_activation(config.activation)
+    self.activation = ACTIVATIONS[config.activation]
     self.gate_DxF = normal_param(rngs, (gate_dim, neurons), gate_dim)
     if up_dim:
       self.up_DxF = normal_param(rngs, (up_dim, neurons), up_dim)

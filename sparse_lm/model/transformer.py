@@ -31,10 +31,17 @@ class Statistics:
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-  """The type of activations: `auto` is float32 on CPU, bfloat16 elsewhere."""
+  """The type of activations: `auto` is bfloat16 where the hardware has it.
+
+  CPUs compute it more slowly than float32, NVIDIA GPUs before Ampere (compute
+  capability 8) not at all.
+  """
   if config.compute_dtype != "auto":
     return jnp.dtype(config.compute_dtype)
-  return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  device = jax.devices()[0]
+  generation = str(getattr(device, "compute_capability", "")).split(".")[0]
+  slow = device.platform == "cpu" or generation in ("5", "6", "7")
+  return jnp.dtype("float32" if slow else "bfloat16")
 
 
 class Block(nnx.Module):
@@ -193,6 +200,11 @@ class Transformer(nnx.Module):
     x_BxLxD, statistics, _ = self.hidden(tokens_BxL, positions_BxL,
                                          segments_BxL)
     return self.unembed(x_BxLxD), statistics
+
+
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+  """The model without its parameters: `nnx.merge(graph, params)` joins them."""
+  return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
 
 
 def unstack(model: Transformer) -> Transformer:

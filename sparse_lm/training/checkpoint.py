@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -28,23 +29,29 @@ def _manager(folder: pathlib.Path, **options) -> ocp.CheckpointManager:
       folder.absolute(), options=ocp.CheckpointManagerOptions(**options))
 
 
+def _reason(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _newest_readable(manager: ocp.CheckpointManager,
-                     read: Callable[[int], Any], report: Callable[[str], None],
-                     on_damage: Callable[[int], None]) -> tuple[int, Any]:
-  """The newest step that `read` can read, and what it returned.
+                     read: Callable[[int], Any],
+                     report: Callable[[str], None]
+                     ) -> tuple[int, Any, list[int]]:
+  """The newest step that `read` can read, what it returned, what it could not.
 
   A file cut short shows up as an error of any type from deep inside, so every
   exception counts as damage here; the message keeps what was said.
   """
+  damaged = []
   for step in sorted(manager.all_steps(), reverse=True):
     try:
-      return step, read(step)
+      return step, read(step), damaged
     except Exception as e:  # pylint: disable=broad-exception-caught
-      reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
       report(f"warning: checkpoint {manager.directory / str(step)} cannot be "
-             f"read, trying the one before it ({reason})")
-      on_damage(step)
-  raise UserError(f"{manager.directory}: holds no checkpoint that can be read")
+             f"read, trying the one before it ({_reason(e)})")
+      damaged.append(step)
+  raise UserError(f"{manager.directory}: holds no checkpoint that can be read; "
+                  "nothing was changed. To start over, name another workdir")
 
 
 class Checkpointer:
@@ -106,17 +113,23 @@ class Checkpointer:
               {"step": state.step, "optimizer": state.optimizer}),
           data=grain_checkpoint.CheckpointRestore(data_iterator)))
 
-    _, items = _newest_readable(self._manager, read, report, self._set_aside)
+    _, items, damaged = _newest_readable(self._manager, read, report)
+    # Only now: had none been readable, the fault might not be the files'.
+    self._set_aside(damaged)
     return TrainState(items.rest["step"], items.params,
                       items.rest["optimizer"])
 
-  def _set_aside(self, step: int) -> None:
+  def _set_aside(self, steps: list[int]) -> None:
+    if not steps:
+      return
     if jax.process_index() == 0:
       target = self._workdir / DAMAGED
       target.mkdir(exist_ok=True)
-      number = sum(1 for _ in target.glob(f"{step}*"))
-      (self._workdir / FOLDER / str(step)).rename(
-          target / (f"{step}.{number}" if number else str(step)))
+      for step in steps:
+        number = sum(1 for _ in target.glob(f"{step}*"))
+        (self._workdir / FOLDER / str(step)).rename(
+            target / (f"{step}.{number}" if number else str(step)))
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     self._manager.reload()
 
   def wait(self) -> None:
@@ -125,14 +138,6 @@ class Checkpointer:
 
   def close(self) -> None:
     self._manager.close()
-
-
-def latest_step(workdir: pathlib.Path) -> int:
-  """The newest checkpoint's step, readable or not; 0 where there is none."""
-  folder = workdir / FOLDER
-  if not folder.is_dir():
-    return 0
-  return max(ocp.utils.checkpoint_steps(folder), default=0)
 
 
 def load_params(workdir: pathlib.Path, params: Any,
@@ -163,9 +168,13 @@ def load_params(workdir: pathlib.Path, params: Any,
       return manager.restore(number, args=ocp.args.Composite(
           params=ocp.args.StandardRestore(params))).params
 
-    if step is not None:
+    if step is None:
+      return _newest_readable(manager, read, report)[:2]
+    try:
       return step, read(step)
-    return _newest_readable(manager, read, report, lambda _: None)
+    except Exception as e:  # pylint: disable=broad-exception-caught
+      raise UserError(f"--step={step}: {folder / str(step)} cannot be read "
+                      f"({_reason(e)})") from e
 
 
 def load_run_params(workdir: pathlib.Path, config: Config,

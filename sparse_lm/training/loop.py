@@ -2,8 +2,8 @@
 
 What happens on a start, in this order: the folder is checked for another
 config's run; the data are prepared or reused; the mesh is made; the state is
-restored from the newest readable checkpoint, or created sharded; the folder is
-made the run's; the step is compiled; the loop runs. In the loop, step n is dispatched before the metrics of the steps
+restored from the newest readable checkpoint, or created sharded; the folder
+is made the run's; the step is compiled; the loop runs. In the loop, step n is dispatched before the metrics of the steps
 before it are fetched, so that the devices never wait for the host.
 """
 
@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
@@ -29,10 +30,12 @@ from sparse_lm.training import metrics as metrics_lib
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training import program
 from sparse_lm.training import workdir as workdir_lib
-from sparse_lm.training.checkpoint import Checkpointer, latest_step
+from sparse_lm.training.checkpoint import Checkpointer
 from sparse_lm.training.step import TrainState, make_eval_step
 
 Report = Callable[[str], None]
+# Flushed: a line that waits in a pipe's buffer is no progress to whoever reads.
+print_line = functools.partial(print, flush=True)
 
 
 class Stopped(Exception):
@@ -51,8 +54,8 @@ class Outcome:
 class StopSignal:
   """Turns SIGTERM and SIGINT into a question that the loop asks each step.
 
-  In a cluster the question is put to JAX's preemption service, so that every
-  process gets the same answer at the same step.
+  In a cluster the question is put to JAX's preemption service, which answers
+  SIGTERM alone, to every process at the same step.
   """
 
   def __init__(self):
@@ -61,8 +64,9 @@ class StopSignal:
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
+      # In a cluster a process must not decide alone: the others would wait.
       numbers = ([signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1
-                 else [signal.SIGINT])
+                 else [])
       self._previous = {n: signal.signal(n, self._receive) for n in numbers}
     return self
 
@@ -79,7 +83,6 @@ class StopSignal:
   def asked(self, step: int) -> str:
     """The reason to stop after `step`, or an empty string."""
     if jax.process_count() > 1:
-      from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
       if multihost_utils.reached_preemption_sync_point(step):
         return "preemption"
     return self._name
@@ -121,7 +124,8 @@ class Trainer:
     self.config, self.workdir = config, workdir
     self.report = report if jax.process_index() == 0 else lambda _: None
     self.corpus = open_corpus(config)
-    workdir_lib.check_data(workdir, self.corpus.fingerprint)
+    self._check_data()
+    self._check_prompt()
     self.mesh = mesh_lib.make_mesh(config)
     self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
     self.batches = iter(self.corpus.train(jax.process_index(),
@@ -135,6 +139,21 @@ class Trainer:
                                                self.corpus.tokenizer)
     self._unlogged = []  # (step, metrics on the devices) since the last line
     self._evaluation = None  # (step, summary) of the newest evaluation
+
+  def _check_data(self) -> None:
+    fingerprint = self.corpus.fingerprint
+    workdir_lib.check_data(self.workdir, fingerprint)
+    mine = np.array([int(fingerprint, 16) % 2**31], np.int32)
+    if len(np.unique(multihost_utils.process_allgather(mine))) > 1:
+      raise UserError("config.data: the processes have different data; the "
+                      "standard library of another Python is other data")
+
+  def _check_prompt(self) -> None:
+    """Before the training, not after it."""
+    tokens = len(self.corpus.tokenizer.encode(self.config.sample.prompt)) + 1
+    if tokens >= self.config.model.context_length:
+      raise UserError(f"config.sample.prompt: {tokens} tokens do not fit "
+                      "model.context_length with room for one more")
 
   def _restore_or_create(self) -> TrainState:
     state = self.checkpointer.restore(
@@ -167,6 +186,8 @@ class Trainer:
             for batch in batches]
     summary = metrics_lib.summarize(metrics_lib.add_up(sums),
                                     self.config.model)
+    if not np.isfinite(summary["loss"]):
+      self._stop_at_nan(self.step)
     self.writer.write(self.step, "eval", summary)
     self._evaluation = (self.step, summary)
     return summary
@@ -212,7 +233,8 @@ class Trainer:
 
   def _evaluate_and_save(self, last: bool, reason: str) -> None:
     training, loss = self.config.training, None
-    if last or self.step % training.eval_every == 0:
+    # Who asks to stop may not wait for an evaluation.
+    if last or (not reason and self.step % training.eval_every == 0):
       summary = self.evaluate()
       loss = summary["loss"]
       self.report(f"step {self.step:>6}  held out: loss {loss:.4f}  "
@@ -230,8 +252,10 @@ class Trainer:
     steps = [step for step, _ in window]
     fetched = jax.device_get([m for _, m in window])
     for step, m in zip(steps, fetched):
-      if not (np.isfinite(m["sums"].loss)
-              and np.isfinite(m["gradient_norm"])):
+      # The loss is of the parameters before the step, their norm of those
+      # after it: what could be saved is checked too.
+      if not np.isfinite([m["sums"].loss, m["gradient_norm"],
+                          m["parameter_norm"]]).all():
         self._stop_at_nan(step)
     sums = metrics_lib.add_up([m["sums"] for m in fetched])
     seconds = self.clock.lap()
@@ -240,6 +264,7 @@ class Trainer:
     rate = rows * self.config.model.context_length / seconds
     summary |= dict(
         gradient_norm=float(fetched[-1]["gradient_norm"]),
+        parameter_norm=float(fetched[-1]["parameter_norm"]),
         learning_rate=float(fetched[-1]["learning_rate"]),
         tokens_per_second=rate, **self._utilization(rate))
     self.writer.write(steps[-1], "train", summary)
@@ -248,7 +273,8 @@ class Trainer:
   def _stop_at_nan(self, step: int) -> None:
     self.checkpointer.wait()
     raise UserError(
-        f"step {step}: the loss or its gradient is not a finite number; the "
+        f"step {step}: the loss, its gradient or the parameters are not finite "
+        "numbers; the "
         f"last good checkpoint is in {self.workdir / 'checkpoints'}. Try a "
         "lower config.training.optimizer.learning_rate or another "
         "config.training.seed in a new workdir")
@@ -281,7 +307,7 @@ class Trainer:
 
 
 def train(config: Config, workdir: pathlib.Path,
-          report: Report = print) -> Outcome | None:
+          report: Report = print_line) -> Outcome | None:
   """Trains, or goes on training, the run in `workdir`.
 
   Args:
@@ -299,10 +325,10 @@ def train(config: Config, workdir: pathlib.Path,
   """
   workdir = pathlib.Path(workdir)
   workdir_lib.check(workdir, config)
-  if latest_step(workdir) >= config.training.num_steps:
-    return None
   trainer = Trainer(config, workdir, report)
   try:
+    if trainer.step >= config.training.num_steps:
+      return None
     with jax.set_mesh(trainer.mesh):
       if trainer.step:
         trainer.report(f"resuming from step {trainer.step}")

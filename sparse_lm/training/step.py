@@ -11,7 +11,7 @@ import optax
 
 from sparse_lm.config import Config
 from sparse_lm.model import Transformer
-from sparse_lm.model.transformer import Statistics
+from sparse_lm.model.transformer import Statistics, model_graph
 from sparse_lm.training.loss import loss_sums
 
 Batch = dict[str, jax.Array]  # as data/pipeline.py makes them
@@ -55,12 +55,6 @@ def init_state(config: Config,
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def model_graph(config: Config) -> nnx.GraphDef:
-  """The model without its parameters: `nnx.merge(graph, params)` joins them."""
-  model = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0)))
-  return nnx.graphdef(model)
-
-
 def forward(model: Transformer, batch: Batch, text_bytes_V: jax.Array,
             loss_chunk: int) -> Sums:
   """Loss and sparsity of a batch, as sums over its tokens."""
@@ -92,7 +86,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation,
   the gradient does not depend on how the batch is split over micro-batches or
   devices.
   """
-  training, graph = config.training, model_graph(config)
+  training, graph = config.training, model_graph(config.model)
 
   def loss_fn(params, batch, tokens):
     sums = forward(nnx.merge(graph, params), batch, text_bytes_V,
@@ -119,6 +113,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation,
     updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = dict(sums=sums, gradient_norm=optax.global_norm(grads),
+                   parameter_norm=optax.global_norm(params),
                    learning_rate=jnp.asarray(learning_rate(state.step),
                                              jnp.float32))
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -128,11 +123,15 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation,
 
 def make_eval_step(config: Config, text_bytes_V: jax.Array
                    ) -> Callable[[Any, Batch], Sums]:
-  """`(params, batch) -> Sums`."""
-  graph = model_graph(config)
+  """`(params, batch) -> Sums`, in micro-batches as training is."""
+  training, graph = config.training, model_graph(config.model)
 
   def eval_step(params, batch):
-    return forward(nnx.merge(graph, params), batch, text_bytes_V,
-                   config.training.loss_chunk)
+    def run(part):
+      return forward(nnx.merge(graph, params), part, text_bytes_V,
+                     training.loss_chunk)
+
+    parts = jax.lax.map(run, _micro_batches(batch, training.micro_batches))
+    return jax.tree.map(lambda x: x.sum(0), parts)
 
   return eval_step

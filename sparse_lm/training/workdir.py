@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tempfile
 
 from sparse_lm import config as config_lib
 from sparse_lm.config import Config
@@ -27,6 +28,8 @@ def check(workdir: pathlib.Path, config: Config) -> None:
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
   except OSError as e:
     raise _unwritable(workdir, e) from e
   if not (workdir / CONFIG).exists():
@@ -43,15 +46,14 @@ def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
   """Checks that the folder's run, if there is one, is of these data.
 
   Raises:
-    UserError: where it is of others. The standard library of another Python
-      is other data.
+    UserError: where it is of others.
   """
   path = workdir / DATA
   if path.exists() and (
       json.loads(path.read_text())["fingerprint"] != fingerprint):
     raise UserError(f"--workdir={workdir}: its run was trained on other data "
-                    "or another tokenizer than config.data now gives; choose "
-                    "another workdir")
+                    "or another tokenizer than config.data now gives (the "
+                    "standard library of another Python is other data)")
 
 
 def record(workdir: pathlib.Path, config: Config, corpus) -> None:

@@ -1,6 +1,7 @@
 """The dataset builders: what is kept, where it goes, when it is redone."""
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import sysconfig
 import pytest
 
 from sparse_lm import config as config_lib
-from sparse_lm.data import prepare
+from sparse_lm.data import documents, prepare
 from sparse_lm.errors import UserError
 
 _SPLITS = ("train", "validation", "test")
@@ -29,8 +30,8 @@ def read(builder):
   """{split: {text, ...}}; fails on a text that comes twice."""
   found = {}
   for split in builder.info.splits:
-    documents = prepare.Documents(str(builder.data_dir), split, "text")
-    texts = [documents[i] for i in range(len(documents))]
+    opened = prepare.Documents(str(builder.data_dir), split, "text")
+    texts = [opened[i] for i in range(len(opened))]
     found[split] = set(texts)
     assert len(found[split]) == len(texts)
   return found
@@ -79,68 +80,99 @@ def test_environment_adds_site_packages_but_not_the_project(
   stdlib = tmp_path / "stdlib"
   stdlib.mkdir()
   (stdlib / "os.py").write_text("os = 1")
+  (stdlib / "re.py").write_text("re = 1")
   monkeypatch.setattr(sysconfig, "get_path", lambda _: str(stdlib))
   monkeypatch.setattr(sys, "path", ["", str(project), str(site)])
   monkeypatch.chdir(project)
   builder = prepare.prepare(data_config(
       tmp_path / "cache", dataset="python_source/environment"))
-  assert joined(builder) == {"site = 1", "os = 1"}
+  assert joined(builder) == {"site = 1", "os = 1", "re = 1"}
 
 
-def test_text_folder_keeps_distinct_decodable_documents(tmp_path, capsys):
+def test_text_folder_keeps_distinct_decodable_documents(tmp_path, capfd):
   folder = tmp_path / "folder"
   (folder / "sub").mkdir(parents=True)
   (folder / ".hidden").mkdir()
   (folder / "a.txt").write_text("one\r\n", newline="")
   (folder / "b.md").write_text("two é")
   (folder / "sub" / "c.py").write_text("three")
-  (folder / "d.jsonl").write_text('{"text": "four"}\n\n{"text": "two é"}\n')
+  (folder / "d.jsonl").write_text(
+      '{"text": "four"}\n\n{"text": "two é"}\n{"text": "\\ud83d\\ude00"}\n'
+      '{"text": "lone \\ud800"}\n')
   (folder / "e.txt").write_bytes(b"\xff\xfe")
   (folder / "f.txt").write_text(" \n")
   (folder / "g.csv").write_text("never")
   (folder / ".hidden" / "h.txt").write_text("never")
   builder = prepare.prepare(folder_config(tmp_path / "cache", folder))
-  assert joined(builder) == {"one\r\n", "two é", "three", "four"}
-  assert capsys.readouterr().out == (
-      "text_folder: 4 documents, 0.0 MB, 1 duplicates dropped, 1 empty, "
-      "1 undecodable skipped\n")
+  assert joined(builder) == {"one\r\n", "two é", "three", "four", "😀"}
+  out, err = capfd.readouterr()
+  assert out == ""  # kept for the results of a command
+  assert err == (
+      "text_folder: 5 documents, 0.0 MB, 1 duplicates dropped, 1 empty, "
+      "2 undecodable skipped\n")
   again = prepare.prepare(folder_config(tmp_path / "cache", folder))
   assert again.data_dir == builder.data_dir
-  assert capsys.readouterr().out == ""
+  assert capfd.readouterr() == ("", "")
 
 
 def test_same_order_wherever_prepared(folder, tmp_path):
   orders = []
   for name in ("one", "two"):
     builder = prepare.prepare(folder_config(tmp_path / name, folder))
-    documents = prepare.Documents(str(builder.data_dir), "train", "text")
-    orders.append([documents[i] for i in range(len(documents))])
+    opened = prepare.Documents(str(builder.data_dir), "train", "text")
+    orders.append([opened[i] for i in range(len(opened))])
   assert orders[0] == orders[1]
 
 
-def test_small_folder_has_all_splits(tmp_path):
+def _texts_of(split, count):
+  """`count` texts that go to `split` by their content."""
+  texts = (f"text {i}" for i in itertools.count())
+  found = (text for text in texts
+           if documents.split_of(documents.digest(text)) == split)
+  return list(itertools.islice(found, count))
+
+
+@pytest.mark.parametrize("split", _SPLITS)
+def test_small_folder_has_all_splits(tmp_path, split):
   folder = tmp_path / "folder"
   folder.mkdir()
-  for i in range(3):
-    (folder / f"{i}.txt").write_text(f"text {i}")
+  for i, text in enumerate(_texts_of(split, 3)):
+    (folder / f"{i}.txt").write_text(text)
   splits = read(prepare.prepare(folder_config(tmp_path / "cache", folder)))
   assert {name: len(texts) for name, texts in splits.items()} == {
       "train": 1, "validation": 1, "test": 1}
+
+
+def test_empty_splits_are_filled_from_the_largest():
+  splits = {"train": {"a"}, "validation": {"d", "c", "b"}, "test": set()}
+  documents._fill_empty(splits)
+  assert splits == {"train": {"a"}, "validation": {"c", "d"}, "test": {"b"}}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_than_three_documents(tmp_path, count):
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  for i in range(count):
+    (folder / f"{i}.txt").write_text(f"text {i}")
+  with pytest.raises(UserError, match="text_folder needs three documents, one "
+                                      f"for each split, but holds {count} doc"):
+    prepare.prepare(folder_config(tmp_path / "cache", folder))
 
 
 def test_a_changed_folder_is_prepared_again(tmp_path):
   folder = tmp_path / "folder"
   folder.mkdir()
   config = folder_config(tmp_path / "cache", folder)
-  for i in range(3):
+  for i in range(4):
     (folder / f"{i}.txt").write_text(f"text {i}")
   before = prepare.prepare(config)
   (folder / "0.txt").write_text("edit 0")  # as long as before
   after = prepare.prepare(config)
-  assert joined(after) == {"edit 0", "text 1", "text 2"}
+  assert joined(after) == {"edit 0", "text 1", "text 2", "text 3"}
   assert prepare.fingerprint(after) != prepare.fingerprint(before)
   (folder / "0.txt").unlink()
-  assert joined(prepare.prepare(config)) == {"text 1", "text 2"}
+  assert joined(prepare.prepare(config)) == {"text 1", "text 2", "text 3"}
 
 
 def _script(cache, folder, prologue=""):
@@ -171,9 +203,9 @@ documents.DocumentBuilder._generate_examples = die
 
 
 def test_two_processes_prepare_once(folder, tmp_path):
-  both = [subprocess.Popen(_script(tmp_path, folder), stdout=subprocess.PIPE,
+  both = [subprocess.Popen(_script(tmp_path, folder), stderr=subprocess.PIPE,
                            text=True) for _ in range(2)]
-  printed = sorted(process.communicate()[0] for process in both)
+  printed = sorted(process.communicate()[1] for process in both)
   assert [process.returncode for process in both] == [0, 0]
   assert printed[0] == "" and printed[1].startswith("text_folder: 60 documents")
   assert len(joined(prepare.prepare(folder_config(tmp_path, folder)))) == 60
@@ -198,10 +230,11 @@ def test_mistakes_in_jsonl(tmp_path, line, message):
 def test_jsonl_under_another_key(tmp_path):
   folder = tmp_path / "folder"
   folder.mkdir()
-  (folder / "d.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+  (folder / "d.jsonl").write_text(
+      '{"body": "x"}\n{"body": "y"}\n{"body": "z"}\n')
   config = folder_config(tmp_path / "cache", folder, text_key="body")
   builder = prepare.prepare(config)
-  assert joined(builder) == {"x", "y"}
+  assert joined(builder) == {"x", "y", "z"}
 
 
 def test_mistakes_about_the_folder(tmp_path):
@@ -212,7 +245,7 @@ def test_mistakes_about_the_folder(tmp_path):
   with pytest.raises(UserError, match=r"config.data.path: .* holds no .txt"):
     prepare.prepare(folder_config(tmp_path, tmp_path / "folder"))
   (tmp_path / "folder" / "a.txt").write_text("")
-  with pytest.raises(UserError, match="text_folder holds no text: 0 doc"):
+  with pytest.raises(UserError, match="needs three .* but holds 0 documents"):
     prepare.prepare(folder_config(tmp_path, tmp_path / "folder"))
 
 

@@ -59,10 +59,14 @@ def test_named_dataset_through_the_same_path(config):
   assert sum(batch["weights_BxL"].sum() for batch in batches) == predicted
 
 
-def test_trained_tokenizer_is_kept_per_split(config):
+def test_trained_tokenizer_is_kept_per_split(config, capsys):
   bpe = config_lib.replace(config, **{
       "data.tokenizer": "bpe", "model.vocab_size": 280})
+  prepare.prepare(config.data)
+  capsys.readouterr()
   first = pipeline.open_corpus(bpe).tokenizer
+  assert capsys.readouterr() == (
+      "", "fake_songs: bpe tokenizer of 280 tokens\n")
   folder = prepare.prepare(config.data).data_path
   assert len(list(folder.glob("bpe-280-*"))) == 1
   assert pipeline.open_corpus(bpe).tokenizer.to_json() == first.to_json()

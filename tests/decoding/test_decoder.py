@@ -156,8 +156,8 @@ def test_greedy():
 
 
 @pytest.mark.parametrize("values, message", [
-    ((-1.0,), "--temperature"), ((1.0, -1), "--top_k"), ((1.0, 0, 0.0), "--top_p"),
-    ((1.0, 0, 1.5), "--top_p"),
+    ((-1.0,), "--temperature"), ((1.0, -1), "--top_k"),
+    ((1.0, 0, 0.0), "--top_p"), ((1.0, 0, 1.5), "--top_p"),
 ])
 def test_bad_sampling_values(values, message):
   with pytest.raises(UserError, match=message):

@@ -11,9 +11,10 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from sparse_lm import config as config_lib
 from sparse_lm.config import FFNConfig
 from sparse_lm.errors import UserError
-from sparse_lm.model.activations import ACTIVATIONS, get_activation
+from sparse_lm.model.activations import ACTIVATIONS
 from sparse_lm.model.ffn import FFN
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "gemma3n_topk.json"
@@ -45,13 +46,14 @@ def make(**keys):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name):
   x = np.linspace(-4, 4, 81)
-  np.testing.assert_allclose(get_activation(name)(jnp.array(x, jnp.float32)),
+  np.testing.assert_allclose(ACTIVATIONS[name](jnp.array(x, jnp.float32)),
                              FORMULAS[name](x), atol=1e-5)
 
 
 def test_unknown_activation_names_the_key():
+  assert tuple(ACTIVATIONS) == config_lib.ACTIVATIONS
   with pytest.raises(UserError, match="config.model.ffn.activation: 'swish'"):
-    get_activation("swish")
+    FFNConfig(activation="swish")
 
 
 def test_plain():

@@ -125,7 +125,7 @@ def test_the_loss_in_chunks_is_the_loss(make_config, reference):
 def test_metrics_against_float64(make_config):
   """Loss, z-loss and bits per byte from the logits, in NumPy."""
   from flax import nnx  # pylint: disable=g-import-not-at-top
-  from sparse_lm.training.step import model_graph  # pylint: disable=g-import-not-at-top
+  from sparse_lm.model.transformer import model_graph  # pylint: disable=g-import-not-at-top
   config = make_config()
   batch = make_batch(config)
   params = init_state(config, SGD).params
@@ -135,7 +135,7 @@ def test_metrics_against_float64(make_config):
 
   @jax.jit
   def forward(params):
-    return nnx.merge(model_graph(config), params)(
+    return nnx.merge(model_graph(config.model), params)(
         batch["tokens_BxL"], batch["positions_BxL"], batch["segment_ids_BxL"])
 
   logits = np.asarray(forward(params)[0], np.float64)
