@@ -1,16 +1,6 @@
 """Complete a prompt with a trained model.
 
-  python -m sparse_lm.generate --workdir=runs/spark_tiny --prompt='def read_prompt(flag: str) -> str:
-  """The prompt, from standard input where the flag is a dash."""
-  try:
-    if flag == "-":
-      return sys.stdin.buffer.read().decode()
-    return flag.encode().decode()
-  except UnicodeError as e:
-    raise UserError("--prompt: is not UTF-8 text") from e
-
-
-def main('
+  python -m sparse_lm.generate --workdir=runs/spark_tiny --prompt='def main('
 
 Reads config, tokenizer and parameters from the run's folder and prints the
 text as it is drawn, until the document ends, the context is full or

@@ -200,7 +200,7 @@ def test_two_processes_train_one_model(environment, call, tiny_flags, tmp_path):
   results = [process.communicate(timeout=300) for process in processes]
   for process, (_, errors) in zip(processes, results):
     assert process.returncode == 0, errors
-  assert "step 12/12" in results[0][0] and not results[1][0]
+  assert "step 12/12" in results[0][0] and "step" not in results[1][0]
   assert [line["step"] for line in lines_of(workdir, "train")] == [
       2, 4, 6, 8, 10, 12]
   result = call("evaluate", f"--workdir={workdir}", "--batches=2", "--json")
@@ -269,21 +269,22 @@ def test_train_refuses_bad_data(call, tiny_flags, tmp_path):
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     call, tiny_flags, tmp_path):
   workdir = tmp_path / "run"
-  # The rate grows until it overflows, some steps after the first checkpoint.
+  # The rate grows until something overflows, after the first checkpoint.
   result = call("train", *tiny_flags, f"--workdir={workdir}",
-                "--config.training.optimizer.learning_rate=1e37",
+                "--config.training.optimizer.learning_rate=1e3",
                 "--config.training.optimizer.warmup_steps=12",
                 "--config.training.checkpoint_every=1",
+                "--config.training.keep_checkpoints=3",
                 "--config.training.eval_every=100")
   refused(result, "step ", "not finite numbers",
           "config.training.optimizer.learning_rate")
   step = int(result.stderr.split("error: step ")[1].split(":")[0])
   newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir()
                if p.name.isdigit())
-  assert newest == step - 1
-  # What is left can be used: its parameters are finite.
+  assert 0 < newest <= step - 1
+  # What is left is good: its own loss is finite.
   good = call("evaluate", f"--workdir={workdir}", "--json")
-  assert np.isfinite(json.loads(good.stdout)["z_loss"])
+  assert np.isfinite(json.loads(good.stdout)["loss"])
 
 
 def test_evaluate_and_generate_refuse(call, tiny_run, tmp_path):

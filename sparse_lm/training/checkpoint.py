@@ -115,11 +115,14 @@ class Checkpointer:
 
     _, items, damaged = _newest_readable(self._manager, read, report)
     # Only now: had none been readable, the fault might not be the files'.
-    self._set_aside(damaged)
+    self.set_aside(damaged)
     return TrainState(items.rest["step"], items.params,
                       items.rest["optimizer"])
 
-  def _set_aside(self, steps: list[int]) -> None:
+  def set_aside(self, steps: list[int]) -> None:
+    """Moves those of the steps that are saved to `workdir/DAMAGED`."""
+    self.wait()
+    steps = [step for step in steps if step in self._manager.all_steps()]
     if not steps:
       return
     if jax.process_index() == 0:

@@ -187,7 +187,7 @@ class Trainer:
     summary = metrics_lib.summarize(metrics_lib.add_up(sums),
                                     self.config.model)
     if not np.isfinite(summary["loss"]):
-      self._stop_at_nan(self.step)
+      self._stop_at_nan(self.step, bad=self.step)
     self.writer.write(self.step, "eval", summary)
     self._evaluation = (self.step, summary)
     return summary
@@ -252,11 +252,12 @@ class Trainer:
     steps = [step for step, _ in window]
     fetched = jax.device_get([m for _, m in window])
     for step, m in zip(steps, fetched):
-      # The loss is of the parameters before the step, their norm of those
-      # after it: what could be saved is checked too.
-      if not np.isfinite([m["sums"].loss, m["gradient_norm"],
-                          m["parameter_norm"]]).all():
-        self._stop_at_nan(step)
+      # The loss is of the parameters before the step, which may be saved: they
+      # are no good then. Their norm is of those after it, not yet saved.
+      if not np.isfinite([m["sums"].loss, m["gradient_norm"]]).all():
+        self._stop_at_nan(step, bad=step - 1)
+      if not np.isfinite(m["parameter_norm"]):
+        self._stop_at_nan(step, bad=step)
     sums = metrics_lib.add_up([m["sums"] for m in fetched])
     seconds = self.clock.lap()
     summary = metrics_lib.summarize(sums, self.config.model)
@@ -270,8 +271,8 @@ class Trainer:
     self.writer.write(steps[-1], "train", summary)
     self._print_progress(steps[-1], summary, seconds / len(window))
 
-  def _stop_at_nan(self, step: int) -> None:
-    self.checkpointer.wait()
+  def _stop_at_nan(self, step: int, bad: int) -> None:
+    self.checkpointer.set_aside([bad])
     raise UserError(
         f"step {step}: the loss, its gradient or the parameters are not finite "
         "numbers; the "
