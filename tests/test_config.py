@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import typing
 
 import pytest
@@ -125,3 +126,9 @@ def test_an_older_config_json_gets_new_keys_defaults():
   values["model"]["ffn"]["num_neurons"] = 3.5
   with pytest.raises(UserError, match="num_neurons: 3.5 is a float, not a int"):
     config_lib.from_dict(values)
+
+
+def test_no_blank_is_left_to_fill_in():
+  root = SPARK_TINY.parents[1]
+  for path in (root / "README.md", *CONFIGS):
+    assert not re.search(r"@[A-Z0-9]+@", path.read_text()), path
