@@ -28,10 +28,12 @@ def summary_table(model: ModelConfig, result: dict[str, Any]) -> str:
 
   Args:
     model: the model's config.
-    result: from `training.metrics.summarize`.
+    result: from `training.metrics.summarize`, or from `evaluate`, which names
+      the split.
   """
+  loss_of = f"{result.get('split', 'validation')} loss"
   rows = [
-      f"{'validation loss':<22}{result['loss']:>10.4f} nats per token",
+      f"{loss_of:<22}{result['loss']:>10.4f} nats per token",
       f"{'perplexity':<22}{result['perplexity']:>10.2f}",
       f"{'bits per byte':<22}{result['bits_per_byte']:>10.4f}",
       "",

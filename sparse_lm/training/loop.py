@@ -8,6 +8,7 @@ before it are fetched, so that the devices never wait for the host.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import math
@@ -95,19 +96,12 @@ class Clock:
     self._start = time.perf_counter()
     self._paused = 0.0
 
+  @contextlib.contextmanager
   def pause(self):
-    """A context manager whose time does not count."""
-    clock = self
-
-    class Pause:
-
-      def __enter__(self):
-        self.start = time.perf_counter()
-
-      def __exit__(self, *unused):
-        clock._paused += time.perf_counter() - self.start
-
-    return Pause()
+    """Within it, time does not count."""
+    start = time.perf_counter()
+    yield
+    self._paused += time.perf_counter() - start
 
   def lap(self) -> float:
     """Seconds of training since the last lap."""
