@@ -10,7 +10,7 @@ Hardware: one NVIDIA H200, jax 0.11.2, 2026-11-22: 97k tokens/s (MFU 8%), 11 GB
 of temporaries, 32 s to compile. Its dense twin (gated, 3,072 neurons, dense
 attention) trains at 187k tokens/s: Spark attention has no fused kernel yet.
 At that rate the 20,000 steps of 131k tokens are 7.5 hours; they have not been
-run to the end. Over steps 61 to 80 of a run of 120 the training loss was 4.48
+run to the end. Over steps 61 to 80 of a run cut short the training loss was 4.48
 (dense: 4.58; one seed).
 """
 
