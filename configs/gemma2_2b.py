@@ -3,7 +3,7 @@
   python -m sparse_lm.train --config=configs/gemma2_2b.py --workdir=<a folder all hosts see>
 
 on every host of a TPU v5e:16x16 (256 chips). Compiled for that topology, not
-run: 6.9 GB of a chip's 16 GB, jax 0.12, 2026-11-22. Time and result: not
+run: 7.2 GB of a chip's 16 GB, jax 0.10.2, 2026-11-22. Time and result: not
 measured.
 """
 
