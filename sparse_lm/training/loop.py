@@ -3,8 +3,9 @@
 What happens on a start, in this order: the folder is checked for another
 config's run; the data are prepared or reused; the mesh is made; the state is
 restored from the newest readable checkpoint, or created sharded; the folder
-is made the run's; the step is compiled; the loop runs. In the loop, step n is dispatched before the metrics of the steps
-before it are fetched, so that the devices never wait for the host.
+is made the run's; the step is compiled; the loop runs. In the loop, step n is
+dispatched before the metrics of the steps before it are fetched, so that the
+devices never wait for the host.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from sparse_lm.training import metrics as metrics_lib
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training import program
 from sparse_lm.training import workdir as workdir_lib
-from sparse_lm.training.checkpoint import Checkpointer
+from sparse_lm.training.checkpoint import FOLDER, Checkpointer
 from sparse_lm.training.step import TrainState, make_eval_step
 
 Report = Callable[[str], None]
@@ -186,9 +187,6 @@ class Trainer:
     self._evaluation = (self.step, summary)
     return summary
 
-  def _save(self, loss: float | None = None) -> None:
-    self.checkpointer.save(self.state, self.batches, loss)
-
   def run(self) -> None:
     """Trains from where the state is to the last step.
 
@@ -234,7 +232,7 @@ class Trainer:
       self.report(f"step {self.step:>6}  held out: loss {loss:.4f}  "
                   f"{summary['bits_per_byte']:.3f} bits/byte")
     if last or reason or self.step % training.checkpoint_every == 0:
-      self._save(loss)
+      self.checkpointer.save(self.state, self.batches, loss)
     if last or reason:
       self.checkpointer.wait()
 
@@ -269,9 +267,8 @@ class Trainer:
     self.checkpointer.set_aside([bad])
     raise UserError(
         f"step {step}: the loss, its gradient or the parameters are not finite "
-        "numbers; the "
-        f"last good checkpoint is in {self.workdir / 'checkpoints'}. Try a "
-        "lower config.training.optimizer.learning_rate or another "
+        f"numbers; the last good checkpoint is in {self.workdir / FOLDER}. Try "
+        "a lower config.training.optimizer.learning_rate or another "
         "config.training.seed in a new workdir")
 
   def _utilization(self, tokens_per_second: float) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
@@ -13,6 +12,7 @@ from tensorboardX import SummaryWriter
 
 from sparse_lm.config import ModelConfig
 from sparse_lm.training.step import Sums
+from sparse_lm.training.workdir import write_whole
 
 FILE = "metrics.jsonl"
 
@@ -83,9 +83,8 @@ class MetricsWriter:
     if not self._enabled:
       return
     kept = [line for line in read(workdir) if line["step"] <= step]
-    temporary = workdir / (FILE + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, workdir / FILE)
+    write_whole(workdir / FILE,
+                "".join(json.dumps(line) + "\n" for line in kept))
     self._file = (workdir / FILE).open("a")
     self._board = SummaryWriter(str(workdir / "tensorboard"),
                                 purge_step=step + 1)

@@ -13,7 +13,7 @@ TOKENIZER = "tokenizer.json"
 DATA = "data.json"
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, text: str) -> None:
   """Writes through a temporary file, so that no reader sees half of it."""
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_text(text)
@@ -69,9 +69,9 @@ def record(workdir: pathlib.Path, config: Config, corpus) -> None:
   """
   try:
     corpus.tokenizer.save(workdir / TOKENIZER)
-    _write(workdir / DATA,
-           json.dumps({"fingerprint": corpus.fingerprint}) + "\n")
-    _write(workdir / CONFIG, config_lib.to_json(config))
+    write_whole(workdir / DATA,
+                json.dumps({"fingerprint": corpus.fingerprint}) + "\n")
+    write_whole(workdir / CONFIG, config_lib.to_json(config))
   except OSError as e:
     raise _unwritable(workdir, e) from e
 
