@@ -30,38 +30,58 @@ class Parser(argparse.ArgumentParser):
     raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _get_config(path: str) -> Config:
-  """Calls `get_config()` of a file, or of a config shipped here by its name."""
-  is_file, name = path.endswith(".py"), f"sparse_lm.configs.{path}"
-  if not (os.path.isfile(path) if is_file else importlib.util.find_spec(name)):
-    raise UserError(f"--config={path}: no such file, nor a config of that "
-                    "name in sparse_lm.configs")
+def load_object(flag: str, path: str, function: str, kind: type):
+  """Calls a function of a file, or of a module in sparse_lm.configs by name.
+
+  `path:argument` calls `function(argument)`, as ml_collections has it.
+
+  Args:
+    flag: that named the path, for messages.
+    path: `FILE.py` or `name`, each with or without `:argument`.
+    function: of the file, such as `get_config`.
+    kind: what it must return.
+
+  Raises:
+    UserError: on a missing file, or anything that the file raises.
+  """
+  place, *arguments = path.split(":", 1)
+  is_file, name = place.endswith(".py"), f"sparse_lm.configs.{place}"
+  if not (os.path.isfile(place) if is_file else _exists(name)):
+    raise UserError(f"{flag}={path}: no such file, nor one of that name in "
+                    "sparse_lm.configs")
   try:
     if is_file:
-      spec = importlib.util.spec_from_file_location("experiment", path)
+      spec = importlib.util.spec_from_file_location("experiment", place)
       module = importlib.util.module_from_spec(spec)
       spec.loader.exec_module(module)
     else:
       module = importlib.import_module(name)
-    config = module.get_config()
-    if not isinstance(config, Config):
-      raise TypeError(f"get_config() returned {config!r:.60}, not a Config")
-    return config
+    made = getattr(module, function)(*arguments)
+    if not isinstance(made, kind):
+      raise TypeError(f"{function}() returned {made!r:.60}, not a "
+                      f"{kind.__name__}")
+    return made
   except UserError:
     raise
   except Exception as e:  # pylint: disable=broad-exception-caught
     # The file is the user's code: whatever it raises is theirs to mend.
-    raise UserError(f"--config={path}: {type(e).__name__}: {e}") from e
+    raise UserError(f"{flag}={path}: {type(e).__name__}: {e}") from e
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-  """The config of a file with `--config.key=value` overrides applied.
+def _exists(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # The package before the last dot.
+    return False
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+  """The config with `--config.key=value` flags applied.
 
   Raises:
-    UserError: on a missing file, an unknown key, a value of the wrong type or
-      one that a check refuses.
+    UserError: on an unknown key, a value of the wrong type or one that a check
+      refuses.
   """
-  config = _get_config(path)
   for argument in overrides:
     if argument.startswith("--config."):
       key = argument.removeprefix("--config.").split("=", 1)[0]
@@ -83,11 +103,22 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   return config_lib.from_dict(values.to_dict())
 
 
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+  """The config of a file, or of a shipped name, with overrides applied.
+
+  Raises:
+    UserError: as `load_object` and `override` do.
+  """
+  return override(load_object("--config", path, "get_config", Config),
+                  overrides)
+
+
 def add_config_flag(parser: Parser) -> None:
   parser.add_argument(
       "--config", required=True, metavar="FILE",
       help="a config file such as configs/spark_tiny.py, or the name of a "
-      "shipped one such as spark_tiny; any of its keys can be overridden, as "
+      "shipped one such as spark_tiny or methods.drelu, with :ARGUMENT for its "
+      "get_config (methods.drelu:small); any of its keys can be overridden, as "
       "in --config.model.ffn.active_fraction=0.05 (sparse_lm/config.py lists "
       "them all)")
 

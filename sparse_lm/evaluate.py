@@ -8,45 +8,11 @@ run's data where they are missing, and prints a table.
 
 from collections.abc import Sequence
 import json
-import pathlib
 import sys
-from typing import Any
-
-import jax
 
 from sparse_lm import cli
 from sparse_lm.errors import UserError
-from sparse_lm.training import checkpoint, metrics, workdir
-from sparse_lm.training.step import make_eval_step
-
-
-def evaluate(folder: pathlib.Path, split: str = "", batches: int | None = None,
-             step: int | None = None) -> dict[str, Any]:
-  """Loss and sparsity of a checkpoint.
-
-  Args:
-    folder: of the run.
-    split: of the run's dataset; "": the config's data.eval_split.
-    batches: at most so many batches; None: the whole split.
-    step: which checkpoint; None: the newest readable one.
-
-  Returns:
-    `metrics.summarize`'s values, the step, the split and the token count.
-  """
-  # Here, not at the top: --help needs no TFDS.
-  from sparse_lm.data.pipeline import open_corpus  # pylint: disable=g-import-not-at-top
-  config = workdir.read_config(folder)
-  step, params = checkpoint.load_run_params(folder, config, _warn, step)
-  corpus = open_corpus(config)
-  workdir.check_data(folder, corpus.fingerprint)
-  run = jax.jit(make_eval_step(config, metrics.text_bytes(config.model,
-                                                          corpus.tokenizer)))
-  sums = metrics.add_up([run(params, batch) for batch in
-                         corpus.evaluation(split=split or None,
-                                           batches=batches)])
-  return dict(step=step, split=split or config.data.eval_split,
-              tokens=int(sums.tokens),
-              **metrics.summarize(sums, config.model))
+from sparse_lm.training import evaluation, workdir
 
 
 def _warn(line: str) -> None:
@@ -67,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.batches is not None and args.batches < 1:
     raise UserError(f"--batches={args.batches}: must be above 0")
-  result = evaluate(args.workdir, args.split, args.batches, args.step)
+  result = evaluation.evaluate_run(args.workdir, _warn, args.split,
+                                   args.batches, args.step)
   if args.json:
     print(json.dumps(result))
     return

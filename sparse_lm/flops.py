@@ -7,10 +7,13 @@ here: `cost_analysis()` counts the body of a scan once.
 Executed FLOPs are those of a program that skips what the sparsity lets it skip
 (arXiv 2506.06644, Sections 2.1 and 2.2):
 
-    FFN        gate 2 D_gate F  +  (up 2 D_up + down 2 D) k
+    FFN        gate 2 D_gate F  +  up 2 D_up k  +  down 2 D k'
     attention  2 P n  +  (2 (E - P) + 2 E) kept     per query head, n keys seen
 
-with k the active neurons and `kept` the attended keys.
+with k the active neurons (those whose `up` is wanted), k' those of them whose
+intermediate output is not zero, and `kept` the attended keys. Where only a
+fraction of each input is kept (Q-Sparse, arXiv 2407.10969), the projections,
+`gate` and `up` shrink by that fraction.
 """
 
 from collections.abc import Sequence
@@ -50,12 +53,17 @@ def visible_keys(config: ModelConfig, length: int | None = None) -> np.ndarray:
                    layer_windows(config.attention, config.num_layers)])
 
 
-def _fixed(config: ModelConfig) -> tuple[float, float]:
-  """Projections of all layers, and logits: the same dense and sparse."""
-  a, dim = config.attention, config.model_dim
-  heads = 2 * a.num_query_heads + 2 * a.num_kv_heads
-  return (config.num_layers * 2 * dim * a.head_dim * heads,
-          2 * dim * config.vocab_size)
+def _projections(config: ModelConfig, inputs: float = 1.0,
+                 mixed: float = 1.0) -> float:
+  """Of all layers, with so much of D and of the mixed values kept."""
+  a = config.attention
+  heads = (a.num_query_heads + 2 * a.num_kv_heads) * inputs
+  return (config.num_layers * 2 * config.model_dim * a.head_dim
+          * (heads + a.num_query_heads * mixed))
+
+
+def _logits(config: ModelConfig) -> float:
+  return 2 * config.model_dim * config.vocab_size
 
 
 def dense_flops(config: ModelConfig,
@@ -72,17 +80,23 @@ def dense_flops(config: ModelConfig,
   ffn = 2 * config.ffn.num_neurons * (gate_dim + up_dim + config.model_dim)
   seen = np.sum(visible_keys(config) if visible_keys_N is None
                 else visible_keys_N)
-  projections, logits = _fixed(config)
-  return Flops(ffn=config.num_layers * ffn, projections=projections,
+  return Flops(ffn=config.num_layers * ffn, projections=_projections(config),
                attention=a.num_query_heads * 4 * a.head_dim * seen,
-               logits=logits)
+               logits=_logits(config))
+
+
+def _aimed_at(config: ModelConfig) -> np.ndarray:
+  """Active neurons that each layer's sparsifier aims at (N,)."""
+  ffn = config.ffn
+  return np.where(config.sparse_layers, ffn.num_active, ffn.num_neurons)
 
 
 def executed_flops(config: ModelConfig,
                    active_neurons_N: Sequence[float] | None = None,
                    attended_keys_N: Sequence[float] | None = None,
-                   visible_keys_N: Sequence[float] | None = None) -> Flops:
-  """FLOPs with inactive neurons and dropped keys skipped.
+                   visible_keys_N: Sequence[float] | None = None,
+                   nonzero_hidden_N: Sequence[float] | None = None) -> Flops:
+  """FLOPs with what is not active skipped.
 
   Args:
     config: the model.
@@ -91,28 +105,46 @@ def executed_flops(config: ModelConfig,
     attended_keys_N: measured keys attended per query and layer; None: top_k,
       or the visible ones where they are fewer.
     visible_keys_N: as in `dense_flops`.
+    nonzero_hidden_N: measured non-zero intermediate outputs per token and
+      layer; None: the active neurons.
   """
-  a, layers = config.attention, config.num_layers
-  if visible_keys_N is None:
-    visible_keys_N = visible_keys(config)
-  seen = np.asarray(visible_keys_N)
-  if active_neurons_N is None:
-    active_neurons_N = [config.ffn.num_active] * layers
-  active = np.asarray(active_neurons_N)
-  gate_dim, up_dim = config.ffn.input_dims(config.model_dim)
-  ffn = (layers * 2 * gate_dim * config.ffn.num_neurons
-         + 2 * (up_dim + config.model_dim) * active.sum())
+  a, dim = config.attention, config.model_dim
+  active = np.asarray(_aimed_at(config) if active_neurons_N is None
+                      else active_neurons_N)
+  nonzero = active if nonzero_hidden_N is None else np.asarray(nonzero_hidden_N)
+  gate_dim, up_dim = config.ffn.input_dims(dim)
+  inputs = config.linear_inputs.num_active(dim) / dim
+  ffn = (2 * gate_dim * inputs * config.ffn.num_neurons * config.num_layers
+         + 2 * up_dim * inputs * active.sum() + 2 * dim * nonzero.sum())
+  width = a.num_query_heads * a.head_dim
+  return Flops(
+      ffn=ffn, logits=_logits(config),
+      projections=_projections(
+          config, inputs, config.linear_inputs.num_active(width) / width),
+      attention=_executed_attention(config, attended_keys_N, visible_keys_N))
+
+
+def _executed_attention(config, attended_keys_N, visible_keys_N) -> float:
+  a = config.attention
+  seen = np.asarray(visible_keys(config) if visible_keys_N is None
+                    else visible_keys_N)
   predictor, kept = a.head_dim, seen
   if a.shape == "spark":
     predictor = a.predictor_dim
     kept = (np.minimum(seen, a.top_k) if attended_keys_N is None
             else np.asarray(attended_keys_N))
-  attention = a.num_query_heads * (
+  return a.num_query_heads * (
       2 * predictor * seen.sum()
       + (2 * (a.head_dim - predictor) + 2 * a.head_dim) * kept.sum())
-  projections, logits = _fixed(config)
-  return Flops(ffn=ffn, projections=projections, attention=attention,
-               logits=logits)
+
+
+def measured_flops(config: ModelConfig, result: dict) -> Flops:
+  """`executed_flops` of what `training.metrics.summarize` measured."""
+  neurons = config.ffn.num_neurons
+  return executed_flops(
+      config, neurons * np.asarray(result["active_fraction_N"]),
+      result["attended_keys_N"], result["visible_keys_N"],
+      neurons * np.asarray(result["hidden_fraction_N"]))
 
 
 # Dense bfloat16 matrix FLOP/s of one device, from the makers' data sheets,

@@ -126,8 +126,9 @@ class Decoder:
     if self.statistics is None:
       return {}
     stats = jax.device_get(self.statistics)
-    active = stats.active_neurons_N / self.config.ffn.num_neurons
+    active = stats.sums["active_neurons"] / self.config.ffn.num_neurons
     return {
         "active_fraction": float(active.mean() / stats.tokens),
-        "attended_keys": float(stats.attended_keys_N.mean() / stats.tokens),
+        "attended_keys": float(stats.sums["attended_keys"].mean()
+                               / stats.tokens),
     }

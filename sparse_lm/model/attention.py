@@ -8,7 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.config import AttentionConfig
+from sparse_lm.config import AttentionConfig, LinearInputsConfig
 from sparse_lm.model import sparsify
 from sparse_lm.model.cache import LayerCache
 from sparse_lm.model.layers import normal_param, project, rope, softcap
@@ -99,10 +99,11 @@ WEIGHTS = {"dense": dense_weights, "spark": spark_weights}
 class Attention(nnx.Module):
   """Projections, rotary positions, weights of the configured shape."""
 
-  def __init__(self, config: AttentionConfig, model_dim: int, rngs: nnx.Rngs):
+  def __init__(self, config: AttentionConfig, inputs: LinearInputsConfig,
+               model_dim: int, rngs: nnx.Rngs):
     heads, kv_heads, width = (config.num_query_heads, config.num_kv_heads,
                               config.head_dim)
-    self.config = config
+    self.config, self.inputs = config, inputs
     self.query_DxHxE = normal_param(rngs, (model_dim, heads, width), model_dim)
     self.key_DxKxE = normal_param(rngs, (model_dim, kv_heads, width), model_dim)
     self.value_DxKxE = normal_param(rngs, (model_dim, kv_heads, width),
@@ -146,6 +147,7 @@ class Attention(nnx.Module):
       The output (B, L, D), keys attended (B, L; mean over heads), keys visible
       (B, L), and the cache with x's keys and values (None without one).
     """
+    x_BxLxD = sparsify.sparsify_input(x_BxLxD, self.inputs)
     query_BxLxHxE, key, value = (
         constrain(project(x_BxLxD, w[...]), "BxLxHxE")
         for w in (self.query_DxHxE, self.key_DxKxE, self.value_DxKxE))
@@ -165,6 +167,7 @@ class Attention(nnx.Module):
         query.transpose(0, 2, 3, 1, 4), positions_BxL, segments_BxL, keys,
         window)
     mixed_BxLxHxE = mixed.transpose(0, 3, 1, 2, 4).reshape(b, l, h, e)
+    mixed_BxLxHxE = sparsify.sparsify_input(mixed_BxLxHxE, self.inputs, axes=2)
     y_BxLxD = project(mixed_BxLxHxE, self.output_HxExD[...], in_axes=2)
     return y_BxLxD, attended, seen, cache
 

@@ -4,24 +4,40 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.config import FFNConfig
+from sparse_lm.config import FFNConfig, LinearInputsConfig
 from sparse_lm.model import sparsify
-from sparse_lm.model.activations import ACTIVATIONS
+from sparse_lm.model.activations import WITH_THRESHOLD, make_activation
+from sparse_lm.model.activity import Activity
 from sparse_lm.model.layers import normal_param, project
 from sparse_lm.model.sharding import constrain
 
 
 def apply_sparsifier(x: jax.Array, config: FFNConfig) -> jax.Array:
   """The configured sparsifier over the neurons, x's last axis."""
+  k = config.num_active
   if config.sparsifier == "statistical_topk":
-    return sparsify.statistical_topk(x, config.num_active,
-                                     bessel=config.bessel,
+    return sparsify.statistical_topk(x, k, bessel=config.bessel,
                                      huber_delta=config.huber_delta)
+  if config.sparsifier == "topk":
+    return sparsify.topk(x, k)
+  if config.sparsifier == "approx_topk":
+    return sparsify.approx_topk(x, k, config.recall)
+  if config.sparsifier == "block_topk":
+    kept = round(config.active_fraction * config.block_size)
+    return sparsify.block_topk(x, kept, config.block_size)
   return x
 
 
+def _apply_where(on: bool | jax.Array, x: jax.Array,
+                 config: FFNConfig) -> jax.Array:
+  """`apply_sparsifier` in the layers that have one."""
+  if isinstance(on, bool):
+    return apply_sparsifier(x, config) if on else x
+  return jnp.where(on, apply_sparsifier(x, config), x)
+
+
 class FFN(nnx.Module):
-  """down(act(sparsify(gate x_gate)) * (up x_up)).
+  """down(act(sparsify(gate x_gate)) * up_act(up x_up)).
 
   | shape | x_gate    | x_up      |                                         |
   |-------|-----------|-----------|-----------------------------------------|
@@ -31,34 +47,43 @@ class FFN(nnx.Module):
   |       |           |           | Eq. 2: the gate is also the predictor)  |
   """
 
-  def __init__(self, config: FFNConfig, model_dim: int, rngs: nnx.Rngs):
+  def __init__(self, config: FFNConfig, inputs: LinearInputsConfig,
+               model_dim: int, rngs: nnx.Rngs):
     gate_dim, up_dim = config.input_dims(model_dim)
     neurons = config.num_neurons
-    self.config = config
-    self.activation = ACTIVATIONS[config.activation]
+    self.config, self.inputs = config, inputs
+    self.activation = make_activation(config.activation, config.threshold)
+    self.up_activation = make_activation(config.up_activation,
+                                         config.threshold)
     self.gate_DxF = normal_param(rngs, (gate_dim, neurons), gate_dim)
     if up_dim:
       self.up_DxF = normal_param(rngs, (up_dim, neurons), up_dim)
     self.down_FxD = normal_param(rngs, (neurons, model_dim), neurons)
 
-  def hidden(self, x_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The intermediate output and the number of active neurons.
+  def hidden(self, x_BxLxD: jax.Array,
+             sparse: bool | jax.Array = True) -> Activity:
+    """Everything up to down's input, `Activity.hidden_BxLxF`.
 
-    Returns:
-      h_BxLxF, and how many of each token's neurons have a non-zero activation
-      (the gate's, before `up` multiplies it), an int32 array (B, L).
+    Args:
+      x_BxLxD: the layer's input.
+      sparse: whether the sparsifier is on; an array in a scan over layers.
     """
-    x_gate = x_up = x_BxLxD
+    x_gate = x_up = sparsify.sparsify_input(x_BxLxD, self.inputs)
     if self.config.shape == "spark":
-      x_gate, x_up = jnp.split(x_BxLxD, [self.config.predictor_dim], axis=-1)
-    gate_BxLxF = constrain(project(x_gate, self.gate_DxF[...]), "BxLxF")
-    h_BxLxF = self.activation(apply_sparsifier(gate_BxLxF, self.config))
-    active_BxL = jnp.count_nonzero(h_BxLxF, axis=-1).astype(jnp.int32)
+      x_gate, x_up = jnp.split(x_gate, [self.config.predictor_dim], axis=-1)
+    score_BxLxF = constrain(project(x_gate, self.gate_DxF[...]), "BxLxF")
+    gate_BxLxF = _apply_where(sparse, score_BxLxF, self.config)
+    activation_BxLxF = h_BxLxF = self.activation(gate_BxLxF)
     if self.config.shape != "plain":
-      h_BxLxF = h_BxLxF * project(x_up, self.up_DxF[...])
-    return h_BxLxF, active_BxL
+      h_BxLxF = h_BxLxF * self.up_activation(project(x_up, self.up_DxF[...]))
+    margin_BxLxF = score_BxLxF
+    if self.config.activation in WITH_THRESHOLD:
+      margin_BxLxF = score_BxLxF - self.config.threshold
+    return Activity(gate_BxLxF, activation_BxLxF,
+                    sparsify.sparsify_input(h_BxLxF, self.inputs), margin_BxLxF)
 
-  def __call__(self, x_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The layer's output (B, L, D) and its active neurons per token (B, L)."""
-    h_BxLxF, active_BxL = self.hidden(x_BxLxD)
-    return project(h_BxLxF, self.down_FxD[...]), active_BxL
+  def __call__(self, x_BxLxD: jax.Array,
+               sparse: bool | jax.Array = True) -> tuple[jax.Array, Activity]:
+    """The layer's output (B, L, D), and what its neurons did."""
+    activity = self.hidden(x_BxLxD, sparse)
+    return project(activity.hidden_BxLxF, self.down_FxD[...]), activity

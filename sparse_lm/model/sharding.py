@@ -23,7 +23,7 @@ LOGITS_AXES = {"B": "data", "V": ("fsdp", "tensor")}
 
 def axes_of(path: tuple) -> list[str]:
   """["F", "D"] of a tree path that ends in "down_FxD"; [] without a suffix."""
-  name = str(getattr(path[-1], "key", "")) if path else ""
+  name = jax.tree_util.keystr(path[-1:], simple=True)
   return name.rsplit("_", 1)[1].split("x") if "_" in name else []
 
 

@@ -11,12 +11,17 @@ with Q the quantile function of N(0, 1). It costs about 2d FLOPs where sorting
 costs d log d, needs no parameters, and is differentiable almost everywhere
 through mean and std. On Gaussian rows the count of survivors is k on average;
 heavier tails leave fewer.
+
+The exact operators keep entries as they are: `topk`, `approx_topk`,
+`block_topk`, and Q-Sparse's `sparsify_input`, by magnitude.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+
+from sparse_lm.config import LinearInputsConfig
 
 
 def _safe_sqrt(x: jax.Array) -> jax.Array:
@@ -109,3 +114,93 @@ def statistical_topk(x: jax.Array, k: float, axis: int = -1, *,
   if where is not None:
     y = jnp.where(where, y, 0)
   return y.astype(x.dtype)
+
+
+def topk_mask(x: jax.Array, k: int) -> jax.Array:
+  """True for the k largest entries of the last axis; of equals the first.
+
+  Args:
+    x: any shape.
+    k: at most the size of the last axis; exactly so many are True.
+  """
+  kth = jax.lax.top_k(x, k)[0][..., -1:]
+  above, tied = x > kth, x == kth
+  room = k - above.sum(-1, keepdims=True)
+  return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+
+
+def topk(x: jax.Array, k: int) -> jax.Array:
+  """Keeps the k largest entries of the last axis as they are, 0 elsewhere.
+
+  The gradient reaches the entries that are kept, and no other.
+  """
+  return jnp.where(topk_mask(x, k), x, 0)
+
+
+def approx_topk(x: jax.Array, k: int, recall: float) -> jax.Array:
+  """`topk` by `jax.lax.approx_max_k`: k entries, most of them the largest.
+
+  Args:
+    x: any shape.
+    k: how many are kept.
+    recall: the fraction of the k largest that is expected among them. TPUs
+      trade it for speed; other backends are exact.
+  """
+  _, kept = jax.lax.approx_max_k(jax.lax.stop_gradient(x), k,
+                                 recall_target=recall)
+  mask = jnp.put_along_axis(jnp.zeros(x.shape, bool), kept, True, axis=-1,
+                            inplace=False)
+  return jnp.where(mask, x, 0)
+
+
+def block_topk(x: jax.Array, k: int, block_size: int) -> jax.Array:
+  """`topk` within each block of neighbours: the k-of-`block_size` pattern.
+
+  Mixture-of-Channels has 2 of 8.
+
+  Args:
+    x: the last axis must be a multiple of `block_size`.
+    k: how many of each block are kept.
+    block_size: how many neighbours are a block.
+  """
+  blocks = x.reshape(*x.shape[:-1], -1, block_size)
+  return topk(blocks, k).reshape(x.shape)
+
+
+def sparsify_input(x: jax.Array, config: LinearInputsConfig,
+                   axes: int = 1) -> jax.Array:
+  """A linear map's input with its smallest entries dropped (Q-Sparse).
+
+  arXiv 2407.10969, Section 2.1: Y = (X * M) W', M the top-k mask of |X|, what
+  is kept divided by its L2 norm. Where the paper is silent: the norm is
+  divided by the square root of the width, so that entries stay of order 1 as
+  the initialisation by fan-in expects, and is differentiated through. With
+  `straight_through` the gradient of x is that of X * M at every entry; without
+  it, at the kept ones alone.
+
+  Args:
+    x: any float type; the norm is in float32.
+    config: k, the pattern, and the two switches.
+    axes: how many of x's last axes are one input.
+
+  Returns:
+    An array of x's shape and type; x itself where the sparsifier is "none".
+  """
+  if config.sparsifier == "none":
+    return x
+  flat = x.reshape(*x.shape[:x.ndim - axes], -1)
+  size = jax.lax.stop_gradient(jnp.abs(flat))
+  if config.sparsifier == "block_topk":
+    blocks = size.reshape(*size.shape[:-1], -1, config.block_size)
+    mask = topk_mask(blocks, config.num_active(config.block_size))
+    mask = mask.reshape(flat.shape)
+  else:
+    mask = topk_mask(size, config.num_active(flat.shape[-1]))
+  kept = jnp.where(mask, flat, 0)
+  if config.straight_through:
+    kept = flat + jax.lax.stop_gradient(kept - flat)  # Exact: x - x is 0.
+  if config.rescale:
+    wide = kept.astype(jnp.float32)
+    mean_square = jnp.square(wide).mean(-1, keepdims=True)
+    kept = (wide * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype)
+  return kept.reshape(x.shape)

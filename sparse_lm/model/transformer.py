@@ -1,18 +1,27 @@
 """The decoder-only Transformer, in the manner of Gemma 2."""
 
+from collections.abc import Iterator, Sequence
 import dataclasses
-from collections.abc import Iterator
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import ModelConfig
+from sparse_lm.model import activity
 from sparse_lm.model.attention import Attention, layer_windows
 from sparse_lm.model.cache import LayerCache
 from sparse_lm.model.ffn import FFN
 from sparse_lm.model.layers import RMSNorm, normal_param, project, softcap
 from sparse_lm.model.sharding import LOGITS_AXES, LOOKUP_AXES, constrain
+
+
+class Layer(NamedTuple):
+  """What sets a layer apart, beside its parameters; arrays in a scan."""
+
+  window: int | jax.Array  # tokens that a query sees, itself included
+  sparse: bool | jax.Array  # whether the FFN's sparsifier is on
 
 
 @jax.tree_util.register_dataclass
@@ -25,9 +34,9 @@ class Statistics:
   """
 
   tokens: jax.Array  # how many tokens the sums are over
-  active_neurons_N: jax.Array  # neurons with a non-zero activation
-  attended_keys_N: jax.Array  # keys with weight, mean over heads
-  visible_keys_N: jax.Array  # keys that the mask allows
+  # Arrays (N,), or (N, F), by name: attended_keys (with weight, mean over
+  # heads), visible_keys (that the mask allows), and those of activity.py.
+  sums: dict[str, jax.Array]
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -53,20 +62,27 @@ class Block(nnx.Module):
 
     self.attention_norm, self.attention_out_norm = norm(), norm()
     self.ffn_norm, self.ffn_out_norm = norm(), norm()
-    self.attention = Attention(config.attention, config.model_dim, rngs)
-    self.ffn = FFN(config.ffn, config.model_dim, rngs)
+    self.attention = Attention(config.attention, config.linear_inputs,
+                               config.model_dim, rngs)
+    self.ffn = FFN(config.ffn, config.linear_inputs, config.model_dim, rngs)
 
-  def __call__(self, x_BxLxD: jax.Array, window: jax.Array,
+  def __call__(self, x_BxLxD: jax.Array, layer: Layer,
                positions_BxL: jax.Array, segments_BxL: jax.Array | None,
-               cache: LayerCache | None):
-    """The block's output, (active, attended, visible) of (B, L), the cache."""
+               cache: LayerCache | None, measures: Sequence[str]):
+    """The block's output, the sums of `Statistics`, the cache."""
+    counted_BxL = (jnp.ones_like(positions_BxL, bool) if segments_BxL is None
+                   else segments_BxL > 0)
     y, attended_BxL, visible_BxL, cache = self.attention(
-        self.attention_norm(x_BxLxD), positions_BxL, segments_BxL, window,
-        cache)
+        self.attention_norm(x_BxLxD), positions_BxL, segments_BxL,
+        layer.window, cache)
     x_BxLxD = constrain(x_BxLxD + self.attention_out_norm(y), "BxLxD")
-    y, active_BxL = self.ffn(self.ffn_norm(x_BxLxD))
+    y, neurons = self.ffn(self.ffn_norm(x_BxLxD), layer.sparse)
     x_BxLxD = constrain(x_BxLxD + self.ffn_out_norm(y), "BxLxD")
-    return x_BxLxD, (active_BxL, attended_BxL, visible_BxL), cache
+    keys = dict(attended_keys=attended_BxL, visible_keys=visible_BxL)
+    sums = {name: x.sum(where=counted_BxL, dtype=jnp.float32)
+            for name, x in keys.items()}
+    sums |= activity.measure(measures, neurons, counted_BxL, segments_BxL)
+    return x_BxLxD, sums, cache
 
 
 class Transformer(nnx.Module):
@@ -97,7 +113,8 @@ class Transformer(nnx.Module):
 
   def hidden(self, tokens_BxL: jax.Array, positions_BxL: jax.Array,
              segments_BxL: jax.Array | None = None,
-             cache: tuple[LayerCache, ...] | None = None):
+             cache: tuple[LayerCache, ...] | None = None,
+             measures: Sequence[str] = activity.COUNTS):
     """Everything but the output logits.
 
     Args:
@@ -106,52 +123,55 @@ class Transformer(nnx.Module):
       segments_BxL: which document of the row, 0 for padding; None: one
         document a row.
       cache: from `empty_cache`; the tokens are written to it.
+      measures: what is measured of the neurons, see model/activity.py.
 
     Returns:
       The final hidden states (B, L, D), `Statistics`, and the new cache (None
       without one).
     """
     x_BxLxD = self._embed(tokens_BxL)
-    counted_BxL = (jnp.ones_like(tokens_BxL, bool) if segments_BxL is None
-                   else segments_BxL > 0)
 
-    def run(block, x, window, layer_cache):
-      x, per_token, layer_cache = block(x, window, positions_BxL, segments_BxL,
-                                        layer_cache)
-      sums = [s.sum(where=counted_BxL, dtype=jnp.float32) for s in per_token]
-      return x, sums, layer_cache
+    def run(block, x, layer, layer_cache):
+      return block(x, layer, positions_BxL, segments_BxL, layer_cache, measures)
 
     windows_N = layer_windows(self.config.attention, self.config.num_layers)
+    layers = [Layer(*x) for x in zip(windows_N, self.config.sparse_layers)]
     if self.config.scan_layers and cache is None:
-      x_BxLxD, sums = self._scan(run, x_BxLxD, jnp.array(windows_N))
+      x_BxLxD, sums = self._scan(run, x_BxLxD, layers)
     else:
-      x_BxLxD, sums, cache = self._unroll(run, x_BxLxD, windows_N, cache)
-    tokens = counted_BxL.sum(dtype=jnp.float32)
-    return self.final_norm(x_BxLxD), Statistics(tokens, *sums), cache
+      x_BxLxD, sums, cache = self._unroll(run, x_BxLxD, layers, cache)
+    tokens = (jnp.asarray(tokens_BxL.size, jnp.float32) if segments_BxL is None
+              else (segments_BxL > 0).sum(dtype=jnp.float32))
+    return self.final_norm(x_BxLxD), Statistics(tokens, sums), cache
 
-  def _scan(self, run, x_BxLxD, windows_N):
+  def _scan(self, run, x_BxLxD, layers):
     graph, stacked = nnx.split(self.blocks)
+    window_N, sparse_N = map(jnp.array, zip(*layers))
+    # One that is the same in all layers need not be looked up in the scan.
+    same = len(set(self.config.sparse_layers)) == 1
 
-    def body(x, layer):
-      state, window = layer
-      x, sums, _ = run(nnx.merge(graph, state), x, window, None)
+    def body(x, inputs):
+      state, window, sparse = inputs
+      layer = Layer(window, layers[0].sparse if same else sparse)
+      x, sums, _ = run(nnx.merge(graph, state), x, layer, None)
       return x, sums
 
-    return jax.lax.scan(self._remat(body), x_BxLxD, (stacked, windows_N))
+    return jax.lax.scan(self._remat(body), x_BxLxD,
+                        (stacked, window_N, sparse_N))
 
-  def _unroll(self, run, x_BxLxD, windows_N, cache):
+  def _unroll(self, run, x_BxLxD, layers, cache):
     sums, caches = [], []
     for i, block in enumerate(self.layers()):
       graph, state = nnx.split(block)
 
-      def body(x, state, layer_cache, graph=graph, window=windows_N[i]):
-        return run(nnx.merge(graph, state), x, window, layer_cache)
+      def body(x, state, layer_cache, graph=graph, layer=layers[i]):
+        return run(nnx.merge(graph, state), x, layer, layer_cache)
 
       x_BxLxD, layer_sums, layer_cache = self._remat(body)(
           x_BxLxD, state, cache[i] if cache else None)
       sums.append(layer_sums)
       caches.append(layer_cache)
-    sums = [jnp.stack(s) for s in zip(*sums)]
+    sums = jax.tree.map(lambda *layer_sums: jnp.stack(layer_sums), *sums)
     return x_BxLxD, sums, tuple(caches) if cache else None
 
   def _remat(self, body):

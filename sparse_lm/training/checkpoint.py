@@ -1,10 +1,11 @@
 """Checkpoints: Orbax, asynchronous, the last few and the best.
 
 A checkpoint holds three items: `params` (what evaluate and generate read),
-`rest` (optimizer and step) and `data` (the Grain iterator's position). Random
-keys need no saving: they derive from the seed, which is in `config.json`, and
-the step. Orbax writes to a temporary folder and renames it, so that a save cut
-short leaves nothing that looks like a checkpoint.
+`rest` (optimizer, step, what the penalties remember) and `data` (the Grain
+iterator's position). Random keys need no saving: they derive from the seed,
+which is in `config.json`, and the step. Orbax writes to a temporary folder and
+renames it, so that a save cut short leaves nothing that looks like a
+checkpoint.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,16 @@ from orbax.checkpoint import checkpoint_managers
 
 from sparse_lm.config import Config
 from sparse_lm.errors import UserError
+from sparse_lm.training.sparsity import SparsityState
 from sparse_lm.training.step import TrainState, init_params
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged_checkpoints"
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  return {"step": state.step, "optimizer": state.optimizer,
+          "sparsity": dict(vars(state.sparsity))}
 
 
 def _manager(folder: pathlib.Path, **options) -> ocp.CheckpointManager:
@@ -85,8 +92,7 @@ class Checkpointer:
         step, metrics=None if loss is None else {"loss": loss},
         args=ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
-            rest=ocp.args.StandardSave(
-                {"step": state.step, "optimizer": state.optimizer}),
+            rest=ocp.args.StandardSave(_rest(state)),
             data=grain_checkpoint.CheckpointSave(data_iterator)))
 
   def restore(self, state: TrainState, data_iterator,
@@ -109,15 +115,15 @@ class Checkpointer:
     def read(step):
       return self._manager.restore(step, args=ocp.args.Composite(
           params=ocp.args.StandardRestore(state.params),
-          rest=ocp.args.StandardRestore(
-              {"step": state.step, "optimizer": state.optimizer}),
+          rest=ocp.args.StandardRestore(_rest(state)),
           data=grain_checkpoint.CheckpointRestore(data_iterator)))
 
     _, items, damaged = _newest_readable(self._manager, read, report)
     # Only now: had none been readable, the fault might not be the files'.
     self.set_aside(damaged)
-    return TrainState(items.rest["step"], items.params,
-                      items.rest["optimizer"])
+    return TrainState(
+        params=items.params,
+        **{**items.rest, "sparsity": SparsityState(**items.rest["sparsity"])})
 
   def set_aside(self, steps: list[int]) -> None:
     """Moves those of the steps that are saved to `workdir/DAMAGED`."""
@@ -143,9 +149,17 @@ class Checkpointer:
     self._manager.close()
 
 
+def save_params(workdir: pathlib.Path, step: int, params: Any) -> None:
+  """Writes a checkpoint that can be evaluated and decoded from, not resumed."""
+  with _manager(workdir / FOLDER) as manager:
+    manager.save(step, args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params)))
+
+
 def load_params(workdir: pathlib.Path, params: Any,
                 report: Callable[[str], None],
-                step: int | None = None) -> tuple[int, Any]:
+                step: int | None = None,
+                step_key: str = "--step") -> tuple[int, Any]:
   """The parameters of a run's checkpoint, and its step. Changes nothing.
 
   Args:
@@ -153,6 +167,7 @@ def load_params(workdir: pathlib.Path, params: Any,
     params: shapes, types and shardings.
     report: told when a damaged checkpoint is passed over.
     step: which checkpoint; None: the newest readable one.
+    step_key: where the caller's user set `step`, for messages.
 
   Raises:
     UserError: where there is no such checkpoint.
@@ -164,7 +179,7 @@ def load_params(workdir: pathlib.Path, params: Any,
   with _manager(folder, read_only=True) as manager:
     steps = sorted(manager.all_steps())
     if step is not None and step not in steps:
-      raise UserError(f"--step: {folder} has no checkpoint {step}; it has "
+      raise UserError(f"{step_key}: {folder} has no checkpoint {step}; it has "
                       f"{', '.join(map(str, steps)) or 'none'}")
 
     def read(number):
@@ -176,7 +191,7 @@ def load_params(workdir: pathlib.Path, params: Any,
     try:
       return step, read(step)
     except Exception as e:  # pylint: disable=broad-exception-caught
-      raise UserError(f"--step={step}: {folder / str(step)} cannot be read "
+      raise UserError(f"{step_key}={step}: {folder / str(step)} cannot be read "
                       f"({_reason(e)})") from e
 
 

@@ -2,7 +2,8 @@
 
 What happens on a start, in this order: the folder is checked for another
 config's run; the data are prepared or reused; the mesh is made; the state is
-restored from the newest readable checkpoint, or created sharded; the folder
+restored from the newest readable checkpoint, or created sharded, with another
+run's parameters where `training.start_from` names one; the folder
 is made the run's; the step is compiled; the loop runs. In the loop, step n is
 dispatched before the metrics of the steps before it are fetched, so that the
 devices never wait for the host.
@@ -32,7 +33,7 @@ from sparse_lm.training import metrics as metrics_lib
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training import program
 from sparse_lm.training import workdir as workdir_lib
-from sparse_lm.training.checkpoint import FOLDER, Checkpointer
+from sparse_lm.training.checkpoint import FOLDER, Checkpointer, load_params
 from sparse_lm.training.step import TrainState, make_eval_step
 
 Report = Callable[[str], None]
@@ -151,10 +152,26 @@ class Trainer:
                       "model.context_length with room for one more")
 
   def _restore_or_create(self) -> TrainState:
-    state = self.checkpointer.restore(
-        program.abstract_state(self.config, self.mesh), self.batches,
-        self.report)
-    return state or program.create_state(self.config, self.mesh)
+    abstract = program.abstract_state(self.config, self.mesh)
+    state = self.checkpointer.restore(abstract, self.batches, self.report)
+    if state:
+      return state
+    training = self.config.training
+    if not training.start_from:
+      return program.create_state(self.config, self.mesh)
+    source = pathlib.Path(training.start_from)
+    workdir_lib.check_start(source, self.config, self.corpus.tokenizer)
+    try:
+      step, params = load_params(source, abstract.params, self.report,
+                                 training.start_step or None,
+                                 "config.training.start_step")
+    except UserError as e:
+      if str(e).startswith("config."):
+        raise
+      raise UserError(f"config.training.start_from: {e}") from e
+    self.report(f"starting from {source}, step {step}")
+    return dataclasses.replace(program.create_state(self.config, self.mesh),
+                               params=params)
 
   def _compile_train_step(self):
     start = time.perf_counter()
@@ -259,7 +276,12 @@ class Trainer:
         gradient_norm=float(fetched[-1]["gradient_norm"]),
         parameter_norm=float(fetched[-1]["parameter_norm"]),
         learning_rate=float(fetched[-1]["learning_rate"]),
+        penalty_factor=float(fetched[-1]["penalty_factor"]),
         tokens_per_second=rate, **self._utilization(rate))
+    if "dead_fraction_N" in fetched[-1]:
+      dead_N = fetched[-1]["dead_fraction_N"]
+      summary |= dict(dead_fraction=float(dead_N.mean()),
+                      dead_fraction_N=dead_N.tolist())
     self.writer.write(steps[-1], "train", summary)
     self._print_progress(steps[-1], summary, seconds / len(window))
 
@@ -283,12 +305,15 @@ class Trainer:
     num_steps = self.config.training.num_steps
     left = (num_steps - step) * seconds_per_step
     mfu = f"  MFU {summary['mfu']:.1%}" if "mfu" in summary else ""
+    penalized = self.config.training.penalty.schedule != "none"
+    factor = (f"  penalty factor {summary['penalty_factor']:.2e}"
+              if penalized else "")
     self.report(
         f"step {step:>{len(str(num_steps))}}/{num_steps}"
         f"  loss {summary['loss']:.4f}"
         f"  {summary['bits_per_byte']:.3f} bits/byte"
         f"  {summary['tokens_per_second']:,.0f} tokens/s{mfu}"
-        f"  active neurons {summary['active_fraction']:.1%}"
+        f"  active neurons {summary['active_fraction']:.1%}{factor}"
         f"  keys attended {summary['attended_keys']:.1f}"
         f"  ETA {math.floor(left / 60)}m{left % 60:02.0f}s")
 

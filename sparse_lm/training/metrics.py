@@ -11,6 +11,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from sparse_lm.config import ModelConfig
+from sparse_lm.model.transformer import Statistics
 from sparse_lm.training.step import Sums
 from sparse_lm.training.workdir import write_whole
 
@@ -25,6 +26,30 @@ def text_bytes(model: ModelConfig, tokenizer) -> np.ndarray:
   return table_V
 
 
+# Measures (see model/activity.py) that are fractions of the F neurons.
+_FRACTIONS = {
+    "active_neurons": "active_fraction",
+    "positive_gates": "positive_fraction",
+    "nonzero_hidden": "hidden_fraction",
+    "kept_gates": "kept_fraction",
+    "union_8": "union_8_fraction",
+    "union_32": "union_32_fraction",
+}
+
+
+def _per_layer(stats: Statistics, num_neurons: int) -> dict[str, np.ndarray]:
+  """Means over tokens (N,), fractions of the neurons where they count them."""
+  means = {}
+  for name, sums in stats.sums.items():
+    if name == "fired":
+      means["dead_fraction"] = (sums == 0).mean(-1)
+    elif name in _FRACTIONS:
+      means[_FRACTIONS[name]] = sums / stats.tokens / num_neurons
+    else:
+      means[name] = sums / stats.tokens
+  return means
+
+
 def summarize(sums: Sums, model: ModelConfig) -> dict[str, Any]:
   """Means over tokens from sums; per-layer lists have names that end in _N.
 
@@ -33,27 +58,25 @@ def summarize(sums: Sums, model: ModelConfig) -> dict[str, Any]:
     model: gives the number of neurons.
 
   Returns:
-    loss (nats per token), perplexity, bits_per_byte, z_loss, active_fraction
-    (of all neurons), attended_keys and visible_keys (per query, mean over
-    layers and heads), and the same per layer.
+    loss (nats per token), perplexity, bits_per_byte, z_loss, and for each of
+    these its mean over layers and, with _N, the list of the layers:
+    active_fraction (of the neurons, non-zero activation), hidden_fraction
+    (non-zero intermediate output), attended_keys and visible_keys (per query,
+    mean over heads), and what else was measured: positive_fraction,
+    kept_fraction, dead_fraction (never fired), union_8_fraction,
+    union_32_fraction, l1, adjacent, chunk.
   """
-  stats = sums.statistics
   loss = float(sums.loss / sums.tokens)
-  active_N = stats.active_neurons_N / stats.tokens / model.ffn.num_neurons
-  attended_N = stats.attended_keys_N / stats.tokens
-  visible_N = stats.visible_keys_N / stats.tokens
-  return {
+  summary = {
       "loss": loss,
       "perplexity": math.exp(min(loss, 700)),
       "bits_per_byte": float(sums.loss / math.log(2) / sums.text_bytes),
       "z_loss": float(sums.z_loss / sums.tokens),
-      "active_fraction": float(active_N.mean()),
-      "attended_keys": float(attended_N.mean()),
-      "visible_keys": float(visible_N.mean()),
-      "active_fraction_N": active_N.tolist(),
-      "attended_keys_N": attended_N.tolist(),
-      "visible_keys_N": visible_N.tolist(),
   }
+  layers = _per_layer(sums.statistics, model.ffn.num_neurons)
+  summary |= {name: float(x_N.mean()) for name, x_N in layers.items()}
+  summary |= {f"{name}_N": x_N.tolist() for name, x_N in layers.items()}
+  return summary
 
 
 def add_up(window: list[Sums]) -> Sums:

@@ -1,6 +1,6 @@
 """One training step, one evaluation step: pure functions to be jitted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from sparse_lm.config import Config
-from sparse_lm.model import Transformer
+from sparse_lm.model import Transformer, activity
 from sparse_lm.model.transformer import Statistics, model_graph
+from sparse_lm.training import sparsity
 from sparse_lm.training.loss import loss_sums
 
 Batch = dict[str, jax.Array]  # as data/pipeline.py makes them
@@ -25,6 +26,7 @@ class TrainState:
   step: jax.Array  # steps taken
   params: Any  # nested dict; a leaf's name ends in its axes
   optimizer: Any
+  sparsity: sparsity.SparsityState
 
 
 @jax.tree_util.register_dataclass
@@ -52,14 +54,24 @@ def init_state(config: Config,
                optimizer: optax.GradientTransformation) -> TrainState:
   """A fresh state from the seed. Jit it with shardings to create it sharded."""
   params = init_params(config)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
+                    sparsity.init(config))
 
 
 def forward(model: Transformer, batch: Batch, text_bytes_V: jax.Array,
-            loss_chunk: int) -> Sums:
-  """Loss and sparsity of a batch, as sums over its tokens."""
+            loss_chunk: int, measures: Sequence[str]) -> Sums:
+  """Loss and sparsity of a batch, as sums over its tokens.
+
+  Args:
+    model: with its parameters.
+    batch: as data/pipeline.py makes it.
+    text_bytes_V: bytes of text that each token stands for.
+    loss_chunk: positions whose logits are alive at a time; 0: all.
+    measures: what is measured of the neurons, see model/activity.py.
+  """
   x_BxLxD, statistics, _ = model.hidden(
-      batch["tokens_BxL"], batch["positions_BxL"], batch["segment_ids_BxL"])
+      batch["tokens_BxL"], batch["positions_BxL"], batch["segment_ids_BxL"],
+      measures=measures)
   targets_BxL, weights_BxL = batch["targets_BxL"], batch["weights_BxL"]
   loss, z_loss = loss_sums(model, x_BxLxD, targets_BxL, weights_BxL,
                            loss_chunk)
@@ -82,46 +94,69 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation,
                     ) -> Callable[[TrainState, Batch], tuple]:
   """`(state, batch) -> (state, metrics)`.
 
-  The loss is a sum over tokens divided by the whole batch's token count, so
-  the gradient does not depend on how the batch is split over micro-batches or
-  devices.
+  Loss and penalties are sums over tokens divided by the whole batch's token
+  count, so the gradient does not depend on how the batch is split over
+  micro-batches or devices.
   """
   training, graph = config.training, model_graph(config.model)
+  measures = sparsity.measures(config)
 
-  def loss_fn(params, batch, tokens):
+  def loss_fn(params, batch, predictions, tokens, factor):
     sums = forward(nnx.merge(graph, params), batch, text_bytes_V,
-                   training.loss_chunk)
-    return (sums.loss + training.z_loss * sums.z_loss) / tokens, sums
+                   training.loss_chunk, measures)
+    penalty = sparsity.penalty_sum(sums.statistics, factor, config)
+    return ((sums.loss + training.z_loss * sums.z_loss) / predictions
+            + penalty / tokens), sums
 
-  def gradients(params, batch):
-    tokens = jnp.maximum(batch["weights_BxL"].sum(), 1)
+  def gradients(params, batch, factor):
+    predictions = jnp.maximum(batch["weights_BxL"].sum(), 1)
+    tokens = jnp.maximum((batch["segment_ids_BxL"] > 0).sum(), 1)
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if training.micro_batches == 1:
-      return grad_fn(params, batch, tokens)
+      return grad_fn(params, batch, predictions, tokens, factor)
+
+    def gradients_of(part):
+      return grad_fn(params, part, predictions, tokens, factor)
 
     def add(total, part):
-      return jax.tree.map(jnp.add, total, grad_fn(params, part, tokens)), None
+      return jax.tree.map(jnp.add, total, gradients_of(part)), None
 
     parts = _micro_batches(batch, training.micro_batches)
-    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts),
-                            tokens)
+    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
 
   def train_step(state: TrainState, batch: Batch):
-    grads, sums = gradients(state.params, batch)
+    grads, sums = gradients(state.params, batch, state.sparsity.factor)
     updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = dict(sums=sums, gradient_norm=optax.global_norm(grads),
-                   parameter_norm=optax.global_norm(params),
-                   learning_rate=jnp.asarray(learning_rate(state.step),
-                                             jnp.float32))
-    return TrainState(state.step + 1, params, opt_state), metrics
+    step = state.step + 1
+    after = sparsity.update(state.sparsity, step, sums.statistics, config)
+    metrics = dict(
+        sums=_without_neurons(sums),
+        gradient_norm=optax.global_norm(grads),
+        parameter_norm=optax.global_norm(params),
+        learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
+        penalty_factor=state.sparsity.factor)
+    if training.dead_neurons.after_tokens:
+      metrics["dead_fraction_N"] = sparsity.dead_neurons(after, config).mean(-1)
+    if training.dead_neurons.reinitialize:
+      params = sparsity.reinitialize(params, after, step, config)
+    return TrainState(step, params, opt_state, after), metrics
 
   return train_step
 
 
-def make_eval_step(config: Config, text_bytes_V: jax.Array
+def _without_neurons(sums: Sums) -> Sums:
+  """Without what is kept for each neuron: too much to fetch every step."""
+  statistics = sums.statistics
+  kept = {name: x for name, x in statistics.sums.items() if x.ndim == 1}
+  return dataclasses.replace(
+      sums, statistics=dataclasses.replace(statistics, sums=kept))
+
+
+def make_eval_step(config: Config, text_bytes_V: jax.Array,
+                   measures: Sequence[str] = activity.REPORT
                    ) -> Callable[[Any, Batch], Sums]:
   """`(params, batch) -> Sums`, in micro-batches as training is."""
   training, graph = config.training, model_graph(config.model)
@@ -129,7 +164,7 @@ def make_eval_step(config: Config, text_bytes_V: jax.Array
   def eval_step(params, batch):
     def run(part):
       return forward(nnx.merge(graph, params), part, text_bytes_V,
-                     training.loss_chunk)
+                     training.loss_chunk, measures)
 
     parts = jax.lax.map(run, _micro_batches(batch, training.micro_batches))
     return jax.tree.map(lambda x: x.sum(0), parts)

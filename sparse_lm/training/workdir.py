@@ -4,9 +4,12 @@ import json
 import pathlib
 import tempfile
 
+import jax
+
 from sparse_lm import config as config_lib
 from sparse_lm.config import Config
 from sparse_lm.errors import UserError
+from sparse_lm.training.step import init_params
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -74,6 +77,38 @@ def record(workdir: pathlib.Path, config: Config, corpus) -> None:
     write_whole(workdir / CONFIG, config_lib.to_json(config))
   except OSError as e:
     raise _unwritable(workdir, e) from e
+
+
+def check_start(source: pathlib.Path, config: Config, tokenizer) -> None:
+  """Checks that a run can start from the parameters of the run in `source`.
+
+  Args:
+    source: `config.training.start_from`.
+    config: the new run's.
+    tokenizer: the new run's; the parameters mean nothing with another.
+
+  Raises:
+    UserError: on another tokenizer, or parameters of other shapes.
+  """
+  key = f"config.training.start_from: {source}"
+  try:
+    theirs = read_config(source)
+  except UserError as e:
+    raise UserError(f"{key} holds no run") from e
+  shapes = [_parameter_shapes(c) for c in (theirs, config)]
+  for name in sorted(shapes[0].keys() | shapes[1].keys()):
+    there, here = (s.get(name) for s in shapes)
+    if there != here:
+      raise UserError(f"{key} has {name} of shape {there}, this config "
+                      f"{here}")
+  if (source / TOKENIZER).read_text() != tokenizer.to_json():
+    raise UserError(f"{key} was trained with another tokenizer")
+
+
+def _parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  params = jax.eval_shape(lambda: init_params(config))
+  return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape
+          for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _unwritable(workdir: pathlib.Path, error: OSError) -> UserError:

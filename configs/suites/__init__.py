@@ -1,0 +1,1 @@
+"""Suites of configs to compare; `get_suite(size)` returns one."""
