@@ -119,7 +119,7 @@ def add_config_flag(parser: Parser) -> None:
       help="a config file such as configs/spark_tiny.py, or the name of a "
       "shipped one such as spark_tiny or methods.drelu, with :ARGUMENT for its "
       "get_config (methods.drelu:small); any of its keys can be overridden, as "
-      "in --config.model.ffn.active_fraction=0.05 (sparse_lm/config.py lists "
+      "in --config.model.ffn.active_fraction=0.05 (sparse_lm/config/ lists "
       "them all)")
 
 

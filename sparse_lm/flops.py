@@ -106,12 +106,14 @@ def executed_flops(config: ModelConfig,
       or the visible ones where they are fewer.
     visible_keys_N: as in `dense_flops`.
     nonzero_hidden_N: measured non-zero intermediate outputs per token and
-      layer; None: the active neurons.
+      layer; None: the active neurons, as far as `down`'s input keeps them.
   """
   a, dim = config.attention, config.model_dim
   active = np.asarray(_aimed_at(config) if active_neurons_N is None
                       else active_neurons_N)
-  nonzero = active if nonzero_hidden_N is None else np.asarray(nonzero_hidden_N)
+  nonzero = (np.minimum(active, config.linear_inputs.num_active(
+      config.ffn.num_neurons)) if nonzero_hidden_N is None
+             else np.asarray(nonzero_hidden_N))
   gate_dim, up_dim = config.ffn.input_dims(dim)
   inputs = config.linear_inputs.num_active(dim) / dim
   ffn = (2 * gate_dim * inputs * config.ffn.num_neurons * config.num_layers

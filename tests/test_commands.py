@@ -288,6 +288,78 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
   assert np.isfinite(json.loads(good.stdout)["loss"])
 
 
+@pytest.fixture(scope="session")
+def mini_suite(tmp_path_factory, tiny_flags):
+  """A suite's file of two methods on the tiny experiment."""
+  path = tmp_path_factory.mktemp("suite") / "mini.py"
+  path.write_text(f'''
+from sparse_lm import cli, config as config_lib
+from sparse_lm.training.suite import Method, Suite
+
+
+def get_suite(size):
+  base = cli.load_config({tiny_flags[0].removeprefix("--config=")!r},
+                         {tiny_flags[1:]!r})
+  reglu = config_lib.replace(base, **{{
+      "model.ffn.shape": "gated", "model.ffn.activation": "relu",
+      "model.ffn.sparsifier": "none"}})
+  return Suite(f"mini_{{size}}", (Method("spark", "Spark", base),
+                                  Method("reglu", "ReGLU", reglu)))
+''')
+  return path
+
+
+def test_compare_trains_what_is_missing_and_writes_the_results(
+    call, mini_suite, tmp_path):
+  flags = [f"--suite={mini_suite}", "--size=s", f"--workdir={tmp_path / 'runs'}",
+           f"--results={tmp_path / 'results'}"]
+  first = call("compare", *flags, "--only=spark",
+               "--config.training.checkpoint_every=6")
+  assert first.returncode == 0, first.stderr
+  assert "[1/1] Spark, seed 0" in first.stdout
+  assert "Not trained: ReGLU" in (tmp_path / "results/mini_s.md").read_text()
+  both = call("compare", *flags)
+  assert both.returncode == 0, both.stderr
+  assert "[2/2] ReGLU, seed 0" in both.stdout
+  assert "[1/2]" not in both.stdout  # Spark was trained.
+  results = json.loads((tmp_path / "results/mini_s.json").read_text())
+  assert [list(m["runs"]) for m in results["methods"]] == [["0"], ["0"]]
+  table = (tmp_path / "results/mini_s.md").read_text()
+  assert "| ReGLU |" in table and f"{os.cpu_count()} CPU cores" in table
+  assert (tmp_path / "results/mini_s.png").exists()
+  # What was trained is evaluated and shifted like any run.
+  shifted = tmp_path / "shifted"
+  shift = call("shift_threshold", f"--workdir={tmp_path / 'runs/reglu-seed0'}",
+               f"--output={shifted}", "--thresholds=0.01,1000", "--batches=1")
+  assert shift.returncode == 0, shift.stderr
+  assert "chosen: threshold " in shift.stdout
+  assert call("generate", f"--workdir={shifted}", "--prompt=the ",
+              "--max_new_tokens=4").returncode == 0
+
+
+def test_compare_and_shift_threshold_refuse(call, mini_suite, tiny_run,
+                                            tmp_path):
+  at = f"--workdir={tmp_path / 'runs'}"
+  refused(call("compare", "--suite=nowhere.py", at), "--suite=nowhere.py")
+  refused(call("compare", f"--suite={mini_suite}", at, "--only=sparkle"),
+          "--only: 'sparkle'", "spark, reglu")
+  refused(call("compare", f"--suite={mini_suite}", at, "--seeds=0,0"),
+          "--seeds=0,0")
+  refused(call("compare", f"--suite={mini_suite}", at,
+               "--config.training.nun_steps=3"), "config.training.num_steps")
+  refused(call("compare", "--suite=suites.ffn_methods", "--size=huge", at),
+          "'huge' is not one of tiny, small")
+  run = f"--workdir={tiny_run[0]}"
+  out = f"--output={tmp_path / 'out'}"
+  refused(call("shift_threshold", run, out), "model.ffn.activation", "relu")
+  refused(call("shift_threshold", run, out, "--thresholds=low"),
+          "--thresholds=low")
+  refused(call("shift_threshold", run, out, "--thresholds=-1"),
+          "--thresholds=-1")
+  refused(call("shift_threshold", run, out, "--tolerance=-1"), "--tolerance")
+  assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_and_generate_refuse(call, tiny_run, tmp_path):
   at = f"--workdir={tiny_run[0]}"
   refused(call("evaluate", f"--workdir={tmp_path}"), str(tmp_path), "no run")

@@ -12,9 +12,10 @@ from sparse_lm import cli, config as config_lib
 from sparse_lm.config import Config
 from sparse_lm.errors import UserError
 
-CONFIGS = sorted(path for path in (
-    pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-    if path.name != "__init__.py")
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(path for path in [*FOLDER.glob("*.py"),
+                                   *FOLDER.glob("methods/*.py")]
+                 if path.name not in ("__init__.py", "base.py"))
 SPARK_TINY = next(path for path in CONFIGS if path.stem == "spark_tiny")
 
 
@@ -25,9 +26,10 @@ def load(*overrides):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs(path):
   config = cli.load_config(str(path))
-  assert config == cli.load_config(path.stem)
+  place = path.relative_to(FOLDER)
+  assert config == cli.load_config(".".join(place.with_suffix("").parts))
   text = path.read_text()
-  assert f"--config=configs/{path.name}" in text, "the docstring's command"
+  assert f"--config=configs/{place}" in text, "the docstring's command"
   again = config_lib.from_dict(json.loads(config_lib.to_json(config)))
   assert again == config
 
@@ -77,6 +79,180 @@ def test_mistakes_are_one_line_that_names_the_key(flag, message):
   assert "\n" not in str(error.value)
 
 
+BLOCKS = "ffn.sparsifier=block_topk"
+PROGRESSIVE = "training.penalty.schedule=progressive"
+RELU = "model.ffn.activation=relu model.ffn.sparsifier=none"
+
+
+@pytest.mark.parametrize("changes, message", [
+    ("model.ffn.shape=plain model.ffn.up_activation=relu",
+     "model.ffn.up_activation: relu needs a gate"),
+    ("model.ffn.activation=relu model.ffn.threshold=0.1",
+     "model.ffn.threshold: only shifted_relu and fatrelu have one"),
+    ("model.ffn.activation=fatrelu model.ffn.threshold=-0.1",
+     "model.ffn.threshold: -0.1 must not be negative"),
+    ("model.ffn.active_fraction=1.01", "model.ffn.active_fraction: 1.01 must"),
+    ("model.ffn.active_fraction=0.001",
+     "model.ffn.active_fraction: 0.001 of 768 neurons keeps none"),
+    ("model.ffn.recall=0", "model.ffn.recall: 0.0 must be in"),
+    (f"model.{BLOCKS} model.ffn.active_fraction=0.3",
+     "model.ffn.active_fraction: 0.3 of block_size=8 is not a whole number"),
+    (f"model.{BLOCKS} model.ffn.active_fraction=0.1",
+     "model.ffn.active_fraction: 0.1 of block_size=8 is not a whole number"),
+    (f"model.{BLOCKS} model.ffn.active_fraction=0.25 model.ffn.num_neurons=100",
+     "model.ffn.num_neurons: 100 is not a multiple of block_size=8"),
+    ("model.ffn.block_size=0", "model.ffn.block_size: 0 must be above 0"),
+    ("model.linear_inputs.sparsifier=statistical_topk",
+     "model.linear_inputs.sparsifier: 'statistical_topk' is not one of"),
+    ("model.linear_inputs.active_fraction=1.5",
+     "model.linear_inputs.active_fraction: 1.5 must be in"),
+    ("model.linear_inputs.sparsifier=topk "
+     "model.linear_inputs.active_fraction=0.001",
+     "model.linear_inputs.active_fraction: 0.001 of 128 entries keeps none"),
+    ("model.linear_inputs.sparsifier=block_topk "
+     "model.linear_inputs.active_fraction=0.3",
+     "model.linear_inputs.active_fraction: 0.3 of block_size=32 is not"),
+    ("model.linear_inputs.sparsifier=block_topk model.model_dim=136 "
+     "model.linear_inputs.active_fraction=0.5",
+     "model.model_dim: 136 is not a multiple of linear_inputs.block_size=32"),
+    ("model.linear_inputs.sparsifier=block_topk "
+     "model.linear_inputs.active_fraction=0.5 model.ffn.num_neurons=770",
+     "model.ffn.num_neurons: 770 is not a multiple"),
+    ("model.linear_inputs.sparsifier=block_topk model.attention.head_dim=40 "
+     "model.linear_inputs.active_fraction=0.5",
+     "model.attention.num_query_heads x head_dim: 80 is not a multiple"),
+    ("model.ffn.sparse_layers=4", "model.ffn.sparse_layers: 4 is not within"),
+    ("model.ffn.sparse_layers=0,2-9",
+     "model.ffn.sparse_layers: 2-9 is not within num_layers=4"),
+    ("model.ffn.sparse_layers=3-1", "model.ffn.sparse_layers: 3-1 runs back"),
+    ("model.ffn.sparse_layers=first",
+     "model.ffn.sparse_layers: 'first' is neither all nor a list"),
+    ("model.ffn.sparse_layers=0,", "model.ffn.sparse_layers: '0,' is neither"),
+    ("model.ffn.sparse_layers=-1", "model.ffn.sparse_layers: '-1' is neither"),
+    (f"{PROGRESSIVE} training.penalty.peaks=(0.1,0.2) "
+     "training.penalty.boundaries=(5,5)",
+     "training.penalty.boundaries: 5 does not rise above 5"),
+    (f"{PROGRESSIVE} training.penalty.peaks=(0.1,) "
+     "training.penalty.boundaries=(0,)",
+     "training.penalty.boundaries: 0 does not rise above 0"),
+    (f"{PROGRESSIVE} training.penalty.peaks=(0.1,-0.2) "
+     "training.penalty.boundaries=(5,9)",
+     "training.penalty.peaks: -0.2 must not be negative"),
+    (f"{PROGRESSIVE} training.penalty.peaks=(0.1,0.2) "
+     "training.penalty.boundaries=(5,1301)",
+     "training.penalty.boundaries: .*1301.* goes past num_steps=1300"),
+    (f"{PROGRESSIVE} training.penalty.peaks=(0.1,0.2) "
+     "training.penalty.boundaries=(5,)",
+     "training.penalty.peaks: 2 peaks and 1 boundaries"),
+    (PROGRESSIVE, "training.penalty.peaks: 0 peaks and 0 boundaries"),
+    ("training.penalty.schedule=controller",
+     "training.penalty.factor: must be above 0 for the controller"),
+    ("training.penalty.schedule=linear", "training.penalty.schedule: 'linear'"),
+    ("training.penalty.factor=-1", "training.penalty.factor: -1.0 must not"),
+    ("training.penalty.rate=1", "training.penalty.rate: 1.0 must be above 1"),
+    ("training.penalty.target_active_fraction=1",
+     "training.penalty.target_active_fraction: 1.0 must be in"),
+    ("training.penalty.over_neurons=max", "training.penalty.over_neurons"),
+    ("training.penalty.chunk_length=1", "training.penalty.chunk_length: 1"),
+    ("training.penalty.adjacent=0.1 model.ffn.sparsifier=none",
+     "training.penalty.adjacent: needs model.ffn.activation to be one of relu"),
+    ("training.penalty.chunk=0.1 model.ffn.activation=relu",
+     "training.penalty.chunk: needs .*model.ffn.sparsifier=none"),
+    ("training.dead_neurons.reinitialize=0.1",
+     "training.dead_neurons.after_tokens: must be above 0"),
+    ("training.dead_neurons.after_tokens=-1",
+     "training.dead_neurons.after_tokens: -1 must be in"),
+    ("training.dead_neurons.after_tokens=9 "
+     "training.dead_neurons.reinitialize=2",
+     "training.dead_neurons.reinitialize: 2.0 must be in"),
+])
+def test_mistakes_in_what_makes_it_sparse(changes, message):
+  with pytest.raises(UserError, match=f"^config.{message}") as error:
+    load(*(f"--config.{change}" for change in changes.split()))
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    f"{RELU} training.penalty.adjacent=0.1 training.penalty.chunk=0.1",
+    f"{PROGRESSIVE} training.penalty.peaks=(0,0.1) "
+    "training.penalty.boundaries=(1,1300)",
+    "training.penalty.schedule=controller training.penalty.factor=1e-8",
+    "training.dead_neurons.after_tokens=9 training.dead_neurons.reinitialize=1",
+    f"model.{BLOCKS} model.ffn.active_fraction=0.25",
+    # Floats whose product with the block is not quite whole.
+    f"model.{BLOCKS} model.ffn.active_fraction=0.07 model.ffn.block_size=100 "
+    "model.ffn.num_neurons=800",
+    "model.linear_inputs.sparsifier=block_topk "
+    "model.linear_inputs.active_fraction=0.5",
+    "model.ffn.activation=relu model.ffn.up_activation=fatrelu "
+    "model.ffn.threshold=0.1",
+])
+def test_what_the_checks_let_through(changes):
+  load(*(f"--config.{change}" for change in changes.split()))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("all", (True, True, True, True)), ("0", (True, False, False, False)),
+    ("1-2", (False, True, True, False)), ("0-1,3", (True, True, False, True)),
+    ("3,0", (True, False, False, True)), ("0-3", (True,) * 4),
+])
+def test_sparse_layers(text, expected):
+  model = load(f"--config.model.ffn.sparse_layers={text}").model
+  assert model.ffn.sparse_layers == text
+  assert model.sparse_layers == expected
+
+
+def test_how_many_are_active():
+  model = load("--config.model.ffn.active_fraction=0.1",
+               "--config.model.linear_inputs.sparsifier=topk").model
+  assert model.ffn.num_active == 77  # of 768
+  assert model.linear_inputs.num_active(128) == 77  # 60%
+  dense = load("--config.model.ffn.sparsifier=none").model
+  assert dense.ffn.num_active == 768
+  assert dense.linear_inputs.num_active(128) == 128
+
+
+def test_lists_by_flags_and_through_json():
+  config = load(f"--config.{PROGRESSIVE}",
+                "--config.training.penalty.peaks=(0,0.1)",
+                "--config.training.penalty.boundaries=(100,200)")
+  penalty = config.training.penalty
+  assert penalty.peaks == (0.0, 0.1)
+  assert type(penalty.peaks[0]) is float
+  assert penalty.boundaries == (100, 200)
+  again = config_lib.from_dict(json.loads(config_lib.to_json(config)))
+  assert again == config
+  assert isinstance(again.training.penalty.peaks, tuple)
+  one = load("--config.training.penalty.peaks=0.1")
+  assert one.training.penalty.peaks == (0.1,)
+  assert config_lib.differences(config, load()) == [
+      "training.penalty.schedule", "training.penalty.peaks",
+      "training.penalty.boundaries"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"training.penalty.boundaries": (1, 2.5)},
+     "training.penalty.boundaries: 2.5 is a float, not a int"),
+    ({"training.penalty.peaks": ["much"]},
+     "training.penalty.peaks: 'much' is a str, not a float"),
+    ({"training.penalty.peaks": 0.1},
+     "training.penalty.peaks: 0.1 is not a list"),
+])
+def test_lists_are_type_checked(changes, message):
+  with pytest.raises(UserError, match=f"^config.{message}"):
+    config_lib.replace(Config(), **changes)
+
+
+@pytest.mark.parametrize("flag", [
+    "--config.training.penalty.peaks=much",
+    "--config.training.penalty.boundaries=(1,2.5)",
+])
+def test_lists_by_flags_are_type_checked(flag):
+  with pytest.raises(UserError, match="penalty.(peaks|boundaries)") as error:
+    load(flag)
+  assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("source, message", [
     (None, "no such file"),
     ("x = 1\n", "AttributeError"),
@@ -115,7 +291,8 @@ def fields(cls):
 def test_every_key_is_a_plain_value_that_a_flag_can_set():
   for field in fields(Config):
     assert (dataclasses.is_dataclass(field.type)
-            or field.type in (int, float, str, bool)), field.name
+            or field.type in (int, float, str, bool, tuple[int, ...],
+                              tuple[float, ...])), field.name
   assert typing.get_type_hints(Config)
 
 

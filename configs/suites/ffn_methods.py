@@ -31,13 +31,13 @@ LABELS = {
     "q_sparse": "Q-Sparse 60%",
     "block_q_sparse": "Block Q-Sparse, 16 of 32",
     "prosparse_relu": "ReLU half way (ProSparse's control)",
-    "prosparse_constant": "... with a constant L1",
+    "prosparse_constant": "ReLU half way + constant L1",
     "prosparse": "ProSparse, before its shift",
     "prosparse_shifted": "ProSparse",
     "l1_controller_5": "ReGLU + L1, controller at 5%",
     "l1_controller_1": "ReGLU + L1, controller at 1%",
-    "l1_revive": "... at 1%, dead neurons revived",
-    "l1_locality": "... at 5%, BlockFFN's losses",
+    "l1_revive": "ReGLU + L1 at 1%, dead neurons revived",
+    "l1_locality": "ReGLU + L1 at 5% + BlockFFN's losses",
 }
 _SHIFTED = {"prosparse_shifted": "prosparse"}
 _CONTROLLED = {"l1_controller_5": 0.05, "l1_controller_1": 0.01}

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -51,7 +52,7 @@ def loss_table(results: Results) -> str:
   """
   methods = finished(results)
   base_loss = _mean(methods[0], "loss")
-  base_flops = _mean(methods[0], "executed_flops", "total")
+  base_flops = _mean(methods[0], "dense_flops", "total")
   spread = loss_spread(results) or 0.0
   rows = [["method", "loss (nats/token)", "gap", "bits/byte", "seeds",
            "h != 0", "keys attended", "MFLOP/token", "of dense",
@@ -97,11 +98,19 @@ def _size(method: dict[str, Any]) -> tuple[float, ...]:
       "parameters", "non_embedding", "training_tokens"))
 
 
+def _hardware(results: Results) -> str:
+  """Every machine that the runs were on, and when."""
+  found = {", ".join((on["device"], f"jax {on['jax']}", on["date"]))
+           for method in finished(results)
+           for on in (run["hardware"] for run in method["runs"].values())}
+  return "; ".join(sorted(found))
+
+
 def _setting(results: Results) -> str:
   methods = finished(results)
   parameters, non_embedding, tokens = (x / 1e6 for x in _size(methods[0]))
   lines = [
-      f"{results['hardware']}, jax {results['jax']}, {results['date']}. "
+      f"{_hardware(results)}. "
       f"{parameters:.2f}M parameters, {non_embedding:.2f}M without the "
       f"embedding; {tokens:.2f}M training tokens; losses on the validation "
       "split."]
@@ -130,7 +139,8 @@ def markdown(results: Results) -> str:
 {loss_table(results)}
 
 h != 0: neurons with a non-zero intermediate output. MFLOP/token: of a forward
-pass that skips what is not active; training computes everything.
+pass that skips what is not active; training computes everything. Of dense: of
+the first method's with nothing skipped.
 
 ![loss against executed FLOPs]({results['suite']}.png)
 
@@ -150,30 +160,30 @@ adjacent tokens.
 
 
 def figure(results: Results) -> Figure:
-  """Loss against executed FLOPs per token, both relative to the first method.
+  """Loss against executed FLOPs per token, relative to the first method's loss
+  and dense FLOPs.
 
   The main figure of the Spark paper (arXiv 2506.06644, Figure 1a). Seeds are
   joined by a line.
   """
   methods = finished(results)
   base_loss = _mean(methods[0], "loss")
-  base_flops = _mean(methods[0], "executed_flops", "total")
+  base_flops = _mean(methods[0], "dense_flops", "total")
   drawing = Figure(figsize=(10, 6), layout="constrained")
   axes = drawing.subplots()
-  colors = [f"C{i}" for i in range(10)]
+  colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(methods)))
   for number, method in enumerate(methods):
     runs = method["runs"].values()
     x = [run["executed_flops"]["total"] / base_flops for run in runs]
     y = [run["loss"] / base_loss for run in runs]
-    color = colors[number % len(colors)]
-    axes.plot(x, y, "o-", color=color, label=f"{number + 1}  {method['label']}")
+    axes.plot(x, y, "o-", color=colors[number],
+              label=f"{number + 1}  {method['label']}")
     axes.annotate(str(number + 1), (np.mean(x), np.mean(y)), fontsize="small",
                   xytext=(4, 4), textcoords="offset points")
   axes.axhline(1, color="gray", linewidth=0.8, linestyle="--")
-  axes.set(xlabel="executed FLOPs per token, relative to "
-           f"{methods[0]['label']}", ylabel="validation loss, relative",
-           title=f"{results['suite']} ({results['hardware']}, "
-           f"{results['date']})")
+  axes.set(xlabel="executed FLOPs per token, relative to all of "
+           f"{methods[0]['label']}'s", ylabel="validation loss, relative",
+           title=f"{results['suite']} ({_hardware(results)})")
   axes.grid(alpha=0.3)
   drawing.legend(loc="outside right upper", fontsize="small")
   return drawing

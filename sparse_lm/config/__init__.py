@@ -47,10 +47,11 @@ class Config:
     check(chunk == 0 or length % chunk == 0, "training.loss_chunk",
           f"{chunk} does not divide model.context_length={length}")
     penalty, ffn = self.training.penalty, self.model.ffn
-    if penalty.adjacent or penalty.chunk:
-      check(ffn.activation in RELU_FAMILY and ffn.sparsifier == "none",
-            "training.penalty.adjacent", "and chunk need an activation of "
-            f"{', '.join(RELU_FAMILY)}, and model.ffn.sparsifier=none")
+    for name in ("adjacent", "chunk"):
+      check(not getattr(penalty, name) or (
+          ffn.activation in RELU_FAMILY and ffn.sparsifier == "none"),
+            f"training.penalty.{name}", "needs model.ffn.activation to be one "
+            f"of {', '.join(RELU_FAMILY)}, and model.ffn.sparsifier=none")
 
 
 def to_dict(config) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def check_key(key: str, config: Config) -> None:
   near += difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
   near += [k for k in keys if k.startswith(key + ".")]
   hint = ", ".join(f"config.{k}" for k in dict.fromkeys(near)) or (
-      "see sparse_lm/config.py")
+      "see sparse_lm/config/")
   raise UserError(f"config.{key}: no such key; nearest: {hint}")
 
 

@@ -249,7 +249,8 @@ class ModelConfig:
       check(match is not None, key, f"{text!r} is neither all nor a list such "
             "as 0-9,12")
       first, last = int(match[1]), int(match[2] or match[1])
-      check(first <= last < self.num_layers, key, f"{part.strip()} is not "
-            f"within num_layers={self.num_layers}, from 0")
+      check(first <= last, key, f"{part.strip()} runs backwards")
+      check(last < self.num_layers, key, f"{part.strip()} is not within "
+            f"num_layers={self.num_layers}, from 0")
       chosen |= set(range(first, last + 1))
     return tuple(i in chosen for i in range(self.num_layers))

@@ -222,6 +222,8 @@ class TrainingConfig:
           f"num_steps={self.num_steps}")
     check(self.start_step >= 0, "training.start_step",
           f"{self.start_step} must not be negative")
+    check(bool(self.start_from) or not self.start_step, "training.start_step",
+          "goes with training.start_from")
 
 
 @dataclasses.dataclass(frozen=True)

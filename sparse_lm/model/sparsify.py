@@ -121,10 +121,11 @@ def topk_mask(x: jax.Array, k: int) -> jax.Array:
 
   Args:
     x: any shape.
-    k: at most the size of the last axis; exactly so many are True.
+    k: at most the size of the last axis; exactly so many are True, and every
+      NaN, so that none is lost.
   """
   kth = jax.lax.top_k(x, k)[0][..., -1:]
-  above, tied = x > kth, x == kth
+  above, tied = ~(x <= kth), x == kth
   room = k - above.sum(-1, keepdims=True)
   return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
 

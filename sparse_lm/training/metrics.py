@@ -64,7 +64,7 @@ def summarize(sums: Sums, model: ModelConfig) -> dict[str, Any]:
     (non-zero intermediate output), attended_keys and visible_keys (per query,
     mean over heads), and what else was measured: positive_fraction,
     kept_fraction, dead_fraction (never fired), union_8_fraction,
-    union_32_fraction, l1, adjacent, chunk.
+    union_32_fraction, l1, adjacent, chunk_<n>.
   """
   loss = float(sums.loss / sums.tokens)
   summary = {

@@ -73,7 +73,8 @@ def penalty_sum(statistics: Statistics, factor: jax.Array,
 
   L1 (arXiv 2402.13516, Section 3.2; arXiv 2603.23198): factor * |h|, over
   neurons and layers as `config.training.penalty` says. The two losses of
-  BlockFFN (arXiv 2507.08771, Section 3.3) are means over layers.
+  BlockFFN (arXiv 2507.08771, Section 3.3) are means over layers; the one of
+  adjacent tokens is added over pairs, of which there are nearly as many.
   """
   penalty, sums = config.training.penalty, statistics.sums
   total = jnp.zeros((), jnp.float32)

@@ -7,7 +7,7 @@ processes may share the methods of one workdir out between them.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import os
+import json
 import pathlib
 import time
 from typing import Any
@@ -134,7 +134,6 @@ def run(suite: Suite, root: pathlib.Path, seeds: Sequence[int],
     else:
       loop.train(config, target, report)
     report(f"{method.label}: {time.perf_counter() - start:.0f} s")
-    jax.clear_caches()  # No other method runs these programs.
 
 
 def final_evaluation(target: pathlib.Path) -> dict[str, Any] | None:
@@ -179,6 +178,7 @@ def _result(target: pathlib.Path, evaluation: dict[str, Any]) -> dict[str, Any]:
   return dict(evaluation, training_tokens=_tokens(config),
               tokens_per_second=_speed(target),
               threshold=config.model.ffn.threshold,
+              hardware=json.loads((target / workdir.HARDWARE).read_text()),
               executed_flops=dict(vars(executed), total=executed.total),
               dense_flops=dict(vars(dense), total=dense.total),
               **_parameters(config))
@@ -189,10 +189,10 @@ def collect(suite: Suite, root: pathlib.Path,
   """The results of every run that is finished.
 
   Returns:
-    `suite`, `hardware`, `jax`, `date`, and `methods`: for each its name, label,
-    the keys in which its config differs from the first method's, and `runs`: by
-    seed, the last evaluation (see `metrics.summarize`), `parameters`,
-    `non_embedding` (parameters), `training_tokens`, `tokens_per_second`,
+    `suite`, and `methods`: for each its name, label, the keys in which its
+    config differs from the first method's, and `runs`: by seed, the last
+    evaluation (see `metrics.summarize`), `parameters`, `non_embedding`
+    (parameters), `training_tokens`, `tokens_per_second`, `hardware`,
     `executed_flops` and `dense_flops` per token.
   """
   base = config_lib.flatten(suite.methods[0].config)
@@ -208,8 +208,4 @@ def collect(suite: Suite, root: pathlib.Path,
         name=method.name, label=method.label, changes=changes,
         runs={seed: _result(*found) for seed, found in finished.items()
               if found[1] is not None}))
-  device = jax.devices()[0]
-  kind = (f"{os.cpu_count()} CPU cores" if device.platform == "cpu"
-          else device.device_kind)
-  return dict(suite=suite.name, hardware=kind, jax=jax.__version__,
-              date=time.strftime("%Y-%m-%d"), methods=rows)
+  return dict(suite=suite.name, methods=rows)

@@ -1,8 +1,10 @@
 """A run's folder: its config, and whose it is."""
 
 import json
+import os
 import pathlib
 import tempfile
+import time
 
 import jax
 
@@ -14,6 +16,7 @@ from sparse_lm.training.step import init_params
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 DATA = "data.json"
+HARDWARE = "hardware.json"
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
@@ -60,7 +63,7 @@ def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
 
 
 def record(workdir: pathlib.Path, config: Config, corpus) -> None:
-  """Makes the folder this run's: its tokenizer, data and config.
+  """Makes the folder this run's: its tokenizer, data, hardware and config.
 
   Call it when nothing can be refused any more, so that a start that failed
   leaves no run behind.
@@ -74,9 +77,19 @@ def record(workdir: pathlib.Path, config: Config, corpus) -> None:
     corpus.tokenizer.save(workdir / TOKENIZER)
     write_whole(workdir / DATA,
                 json.dumps({"fingerprint": corpus.fingerprint}) + "\n")
+    write_whole(workdir / HARDWARE, json.dumps(hardware()) + "\n")
     write_whole(workdir / CONFIG, config_lib.to_json(config))
   except OSError as e:
     raise _unwritable(workdir, e) from e
+
+
+def hardware() -> dict[str, str]:
+  """What this process runs on: `device`, `jax`, `date`."""
+  device = jax.devices()[0]
+  kind = (f"{os.cpu_count()} CPU cores" if device.platform == "cpu"
+          else f"{jax.device_count()} x {device.device_kind}")
+  return {"device": kind, "jax": jax.__version__,
+          "date": time.strftime("%Y-%m-%d")}
 
 
 def check_start(source: pathlib.Path, config: Config, tokenizer) -> None:
@@ -101,7 +114,7 @@ def check_start(source: pathlib.Path, config: Config, tokenizer) -> None:
     if there != here:
       raise UserError(f"{key} has {name} of shape {there}, this config "
                       f"{here}")
-  if (source / TOKENIZER).read_text() != tokenizer.to_json():
+  if (source / TOKENIZER).read_text("utf-8") != tokenizer.to_json():
     raise UserError(f"{key} was trained with another tokenizer")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
+from sparse_lm.config import (AttentionConfig, FFNConfig, LinearInputsConfig,
+                              ModelConfig)
 from sparse_lm.decoding import Decoder, Greedy, make_sampler
 from sparse_lm.errors import UserError
 from sparse_lm.model import Transformer
@@ -22,6 +23,14 @@ CONFIG = ModelConfig(
 DENSE = dataclasses.replace(
     CONFIG, ffn=FFNConfig(shape="gated", num_neurons=64, sparsifier="none"),
     attention=dataclasses.replace(CONFIG.attention, shape="dense"))
+# Top-k of each token's own inputs and neurons, in the second layer alone.
+Q_SPARSE = dataclasses.replace(
+    CONFIG, ffn=FFNConfig(shape="gated", num_neurons=64, sparsifier="topk",
+                          active_fraction=0.25, sparse_layers="1",
+                          activation="fatrelu", threshold=0.05,
+                          up_activation="relu"),
+    attention=DENSE.attention,
+    linear_inputs=LinearInputsConfig(sparsifier="topk"))
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(10, 31))]  # ragged
 
 
@@ -38,7 +47,8 @@ def run(decoder, prompts, steps, sampler=Greedy(), **keys):
   return np.array(list(drawn))
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["spark", "dense"])
+@pytest.mark.parametrize("config", [CONFIG, DENSE, Q_SPARSE],
+                         ids=["spark", "dense", "q_sparse"])
 def test_decoding_is_teacher_forcing(config):
   """Each token drawn is the whole sequence's forward pass's, ragged rows too.
 

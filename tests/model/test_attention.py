@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sparse_lm.config import AttentionConfig
+from sparse_lm.config import AttentionConfig, LinearInputsConfig
 from sparse_lm.model.attention import (Attention, layer_windows, spark_weights,
                                        visible)
 
@@ -20,7 +20,7 @@ EVERYTHING = 2**30
 
 
 def run(config, x, segments=None, window=EVERYTHING):
-  layer = Attention(config, D, nnx.Rngs(0))
+  layer = Attention(config, LinearInputsConfig(), D, nnx.Rngs(0))
   positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
   graph, params = nnx.split(layer)
 

@@ -1,5 +1,7 @@
-"""Statistical top-k against its definition, Gaussians and Gemma 3n."""
+"""Sparsifiers against their definitions, statistical top-k also against
+Gaussians and Gemma 3n."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sparse_lm.model.sparsify import (soft_threshold, statistical_threshold,
-                                      statistical_topk)
+from sparse_lm.config import LinearInputsConfig
+from sparse_lm.model.sparsify import (approx_topk, block_topk, soft_threshold,
+                                      sparsify_input, statistical_threshold,
+                                      statistical_topk, topk, topk_mask)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "gemma3n_topk.json"
 
@@ -128,3 +132,169 @@ def test_gemma_3n():
   k = (1 - golden["sparsity"]) * gate.shape[-1]
   np.testing.assert_allclose(statistical_topk(gate, k),
                              golden["topk_output"], atol=1e-6)
+
+
+def largest(rows, k):
+  """True for the k largest of each row, of equals the first."""
+  order = np.argsort(-rows, axis=-1, kind="stable")
+  mask = np.zeros(rows.shape, bool)
+  np.put_along_axis(mask, order[..., :k], True, axis=-1)
+  return mask
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([(1,), (7,), (2, 3, 6)]), st.data())
+def test_topk_mask_is_the_first_k_of_a_stable_sort(shape, data):
+  """Few different values, so that most rows have ties; -0 ties with 0."""
+  k = data.draw(st.integers(1, shape[-1]))
+  size = int(np.prod(shape))
+  values = data.draw(st.lists(st.sampled_from([-2.5, -0.0, 0.0, 1.0, 3.0]),
+                              min_size=size, max_size=size))
+  x = np.array(values, np.float32).reshape(shape)
+  mask = np.asarray(topk_mask(jnp.array(x), k))
+  np.testing.assert_array_equal(mask, largest(x, k))
+  np.testing.assert_array_equal(mask.sum(-1), k)
+
+
+def rows_without_ties(*shape):
+  return jax.random.normal(jax.random.key(5), shape)
+
+
+def test_topk_keeps_entries_as_they_are():
+  x = rows_without_ties(3, 2, 30) - 3  # Most are negative, the kept ones too.
+  y = topk(x, 11)
+  np.testing.assert_array_equal(y, np.where(largest(np.array(x), 11), x, 0))
+  assert topk(x.astype(jnp.bfloat16), 11).dtype == jnp.bfloat16
+
+
+def test_approx_topk_is_exact_on_a_cpu():
+  x = rows_without_ties(3, 2, 30)
+  np.testing.assert_array_equal(approx_topk(x, 7, 0.9), topk(x, 7))
+
+
+def test_approx_topk_keeps_so_many_of_equals():
+  counts = np.count_nonzero(approx_topk(jnp.ones((4, 20)), 7, 0.9), axis=-1)
+  np.testing.assert_array_equal(counts, 7)
+
+
+@pytest.mark.parametrize("k, size", [(2, 8), (1, 4), (16, 32)])
+def test_block_topk_block_by_block(k, size):
+  x = rows_without_ties(2, 3, 64)
+  y = np.asarray(block_topk(x, k, size))
+  for first in range(0, 64, size):
+    block = slice(first, first + size)
+    np.testing.assert_array_equal(y[..., block], topk(x[..., block], k))
+  np.testing.assert_array_equal(np.count_nonzero(y, -1), 64 * k // size)
+
+
+@pytest.mark.parametrize("operator", [
+    lambda x: topk(x, 4), lambda x: approx_topk(x, 4, 0.9),
+    lambda x: block_topk(x, 2, 8)], ids=["topk", "approx_topk", "block_topk"])
+def test_exact_operators_pass_gradients_to_what_they_keep(operator):
+  x = rows_without_ties(3, 16)
+  weights = jnp.arange(1.0, 49).reshape(3, 16)
+  grad = jax.grad(lambda x: (weights * operator(x)).sum())(x)
+  np.testing.assert_array_equal(grad, np.where(operator(x) != 0, weights, 0))
+
+
+@pytest.mark.parametrize("operator, kept", [
+    (lambda x: topk(x, 5), [0, 1, 2, 3, 4]),
+    (lambda x: block_topk(x, 2, 8), [0, 1, 8, 9])], ids=["topk", "block_topk"])
+def test_gradients_of_equals_go_to_the_first(operator, kept):
+  grad = jax.grad(lambda x: operator(x).sum())(jnp.full(16, 0.5))
+  np.testing.assert_array_equal(np.flatnonzero(grad), kept)
+
+
+TOPK = LinearInputsConfig(sparsifier="topk", active_fraction=0.4)
+BLOCKS = LinearInputsConfig(sparsifier="block_topk", active_fraction=0.5)
+
+
+def input_mask(x, config):
+  """M of Q-Sparse: by magnitude, of all entries or of each 32."""
+  x = np.abs(np.asarray(x, np.float64))
+  if config.sparsifier == "block_topk":
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    return largest(blocks, 16).reshape(x.shape)
+  return largest(x, round(config.active_fraction * x.shape[-1]))
+
+
+def rescaled(kept):
+  """What is kept over its L2 norm, times the root of the width."""
+  return (kept / np.linalg.norm(kept, axis=-1, keepdims=True)
+          * np.sqrt(kept.shape[-1]))
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("config", [TOPK, BLOCKS], ids=["topk", "16 of 32"])
+def test_sparsify_input_equals_the_definition(config, rescale,
+                                              straight_through):
+  config = dataclasses.replace(config, rescale=rescale,
+                               straight_through=straight_through)
+  x = 5 * rows_without_ties(2, 3, 64)
+  mask = input_mask(x, config)
+  kept = np.where(mask, np.asarray(x, np.float64), 0)
+  y = np.asarray(sparsify_input(x, config))
+  np.testing.assert_allclose(y, rescaled(kept) if rescale else kept, rtol=1e-5)
+  np.testing.assert_array_equal(y != 0, mask)  # Dropped to 0, not nearly.
+  if rescale:
+    np.testing.assert_allclose(np.square(y).mean(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("config", [TOPK, BLOCKS], ids=["topk", "16 of 32"])
+def test_gradient_of_sparsify_input(config, rescale):
+  """That of the masked input, by differences in float64.
+
+  Straight through it is x's at every entry, the dropped ones included;
+  without, at the kept ones alone.
+  """
+  x, weights = jax.random.normal(jax.random.key(6), (2, 64))
+  mask = input_mask(x, config)
+  masked = np.where(mask, np.asarray(x, np.float64), 0)
+
+  def f64(kept):
+    return (np.asarray(weights, np.float64)
+            * (rescaled(kept) if rescale else kept)).sum()
+
+  expected = np.array([(f64(masked + step) - f64(masked - step)) / 2e-6
+                       for step in 1e-6 * np.eye(64)])
+
+  def gradient(**keys):
+    keys = dataclasses.replace(config, rescale=rescale, **keys)
+    return jax.grad(lambda x: (weights * sparsify_input(x, keys)).sum())(x)
+
+  np.testing.assert_allclose(gradient(straight_through=True), expected,
+                             atol=1e-5)
+  np.testing.assert_allclose(gradient(straight_through=False),
+                             np.where(mask, expected, 0), atol=1e-5)
+  assert np.all(np.abs(expected[~mask]) > 1e-4)
+
+
+def test_sparsify_input_over_several_axes():
+  """Heads and their widths are one input."""
+  x = rows_without_ties(2, 3, 4, 8)
+  y = sparsify_input(x, TOPK, axes=2)
+  flat = sparsify_input(x.reshape(2, 3, 32), TOPK)
+  np.testing.assert_array_equal(y.reshape(2, 3, 32), flat)
+  counts = np.count_nonzero(y, axis=-1)
+  np.testing.assert_array_equal(counts.sum(-1), 13)
+  assert len(set(counts.ravel())) > 1, "not so many of each head"
+
+
+def test_sparsify_input_of_zeros_is_finite():
+  value, grad = jax.value_and_grad(
+      lambda x: sparsify_input(x, TOPK).sum())(jnp.zeros(10))
+  assert value == 0
+  assert np.all(np.isfinite(grad))
+
+
+def test_sparsify_input_keeps_the_type_and_measures_in_float32():
+  """All lie between 1 and 2, where one rounding is 2^-8 at most."""
+  x = (1 + rows_without_ties(4096) / 100).astype(jnp.bfloat16)
+  y = sparsify_input(x, TOPK)
+  assert y.dtype == jnp.bfloat16
+  kept = np.where(input_mask(x, TOPK), np.asarray(x, np.float64), 0)
+  np.testing.assert_allclose(np.asarray(y, np.float64), rescaled(kept),
+                             rtol=0, atol=1.01 * 2**-8)
+  assert sparsify_input(x, LinearInputsConfig()) is x

@@ -13,6 +13,7 @@ import pytest
 from sparse_lm.errors import UserError
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training.checkpoint import Checkpointer, load_run_params
+from sparse_lm.training.sparsity import SparsityState
 from sparse_lm.training.step import TrainState, init_state
 
 ADAM = optax.adam(1e-3)
@@ -31,7 +32,11 @@ def state(tiny_config):
 
 
 def at(state, step):
-  return TrainState(jax.numpy.int32(step), state.params, state.optimizer)
+  """The state at a step, with a factor and idle counts of its own."""
+  idle_NxF = state.sparsity.idle_NxF
+  idle_NxF = step + jax.numpy.arange(idle_NxF.size).reshape(idle_NxF.shape)
+  return TrainState(jax.numpy.int32(step), state.params, state.optimizer,
+                    SparsityState(jax.numpy.float32(step / 8), idle_NxF))
 
 
 def save(workdir, state, steps, keep=2, losses=()):
@@ -58,6 +63,7 @@ def test_round_trip(tmp_path, state):
   save(tmp_path, state, [7])
   restored, position, lines = restore(tmp_path, state)
   assert restored.step == 7 and position == 7 and not lines
+  assert restored.sparsity.factor == 7 / 8
   jax.tree.map(np.testing.assert_array_equal, restored, at(state, 7))
 
 
@@ -145,9 +151,12 @@ def test_a_checkpoint_restores_on_another_mesh(tmp_path, tiny_config):
   saved, other = sharded(fsdp=8, data=1), sharded(data=4, tensor=2)
   save(tmp_path, saved, [3])
   restored, _, _ = restore(tmp_path, other)
-  jax.tree.map(np.testing.assert_array_equal, restored.params, saved.params)
-  jax.tree.map(lambda a, b: assert_same_sharding(a, b), restored.params,
-               other.params)
+  jax.tree.map(np.testing.assert_array_equal, restored, at(saved, 3))
+  for name in ("params", "sparsity"):
+    jax.tree.map(assert_same_sharding, getattr(restored, name),
+                 getattr(other, name))
+  # The neurons' idle counts lie where the neurons do.
+  assert other.sparsity.idle_NxF.addressable_shards[0].data.shape == (2, 32)
 
 
 def assert_same_sharding(a, b):

@@ -12,48 +12,9 @@ from sparse_lm.errors import UserError
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training import metrics
 from sparse_lm.training.optimizer import decay_mask, make_optimizer
-from sparse_lm.training.step import init_state, make_eval_step, make_train_step
+from sparse_lm.training.step import init_state, make_eval_step
 
-# With it, parameters before less parameters after are the gradient.
 SGD = optax.sgd(1.0)
-
-
-def make_batch(config, seed=0):
-  """Packed rows with padding, so that token counts differ between rows."""
-  rng = np.random.default_rng(seed)
-  rows, length = config.training.batch_size, config.model.context_length
-  segments = np.zeros((rows, length), np.int32)
-  for row in segments:
-    cut, end = np.sort(rng.integers(4, length, 2))
-    row[:cut], row[cut:end] = 1, 2
-  start = np.where(segments == 2, (segments == 1).sum(1, keepdims=True), 0)
-  tokens = rng.integers(0, config.model.vocab_size, (2, rows, length))
-  return dict(
-      tokens_BxL=tokens[0].astype(np.int32),
-      targets_BxL=tokens[1].astype(np.int32),
-      weights_BxL=(segments > 0).astype(np.float32), segment_ids_BxL=segments,
-      positions_BxL=(np.arange(length) - start).astype(np.int32))
-
-
-def take_step(config, optimizer=SGD, mesh=None, steps=1):
-  """Parameters, metrics after some steps; `mesh=None`: on one device."""
-  text_bytes_V = np.ones(config.model.vocab_size, np.float32)
-  step = make_train_step(config, optimizer, optax.constant_schedule(1.0),
-                         text_bytes_V)
-  create = functools.partial(init_state, config, optimizer)
-  batch = make_batch(config)
-  if mesh is None:
-    state, run = jax.jit(create)(), jax.jit(step)
-    for _ in range(steps):
-      state, out = run(state, batch)
-    return state, out
-  shardings = mesh_lib.shardings(mesh, jax.eval_shape(create))
-  with jax.set_mesh(mesh):
-    state = jax.jit(create, out_shardings=shardings)()
-    run = jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
-    for _ in range(steps):
-      state, out = run(state, mesh_lib.place_batch(mesh, batch))
-  return state, out
 
 
 def assert_close(a, b, tolerance=2e-5):
@@ -68,12 +29,12 @@ def make_config(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def reference(make_config):
+def reference(make_config, take_step):
   return take_step(make_config())
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_micro_batches_change_nothing(make_config, reference, count):
+def test_micro_batches_change_nothing(make_config, take_step, reference, count):
   state, out = take_step(make_config(**{"training.micro_batches": count}))
   assert_close(state.params, reference[0].params)
   assert_close(out, reference[1])
@@ -82,8 +43,8 @@ def test_micro_batches_change_nothing(make_config, reference, count):
 @pytest.mark.parametrize("data, fsdp, tensor, scan", [
     (8, 1, 1, False), (1, 8, 1, False), (4, 1, 2, False), (2, 2, 2, False),
     (2, 2, 2, True)])
-def test_eight_devices_are_as_one(make_config, reference, data, fsdp, tensor,
-                                  scan):
+def test_eight_devices_are_as_one(make_config, take_step, reference, data, fsdp,
+                                  tensor, scan):
   config = make_config(**{
       "training.mesh.data": data, "training.mesh.fsdp": fsdp,
       "training.mesh.tensor": tensor, "model.scan_layers": scan})
@@ -95,7 +56,7 @@ def test_eight_devices_are_as_one(make_config, reference, data, fsdp, tensor,
   assert down.addressable_shards[0].data.shape == (2, 64 // tensor, 32 // fsdp)
 
 
-def test_micro_batches_on_a_mesh_change_nothing(make_config):
+def test_micro_batches_on_a_mesh_change_nothing(make_config, take_step):
   config = make_config(**{"training.micro_batches": 2,
                           "training.batch_size": 16})
   single = take_step(make_config(**{"training.batch_size": 16}))
@@ -116,13 +77,13 @@ def test_a_mesh_that_does_not_fit(make_config, keys, message):
     mesh_lib.make_mesh(config)
 
 
-def test_the_loss_in_chunks_is_the_loss(make_config, reference):
+def test_the_loss_in_chunks_is_the_loss(make_config, take_step, reference):
   state, out = take_step(make_config(**{"training.loss_chunk": 8}))
   assert_close(state.params, reference[0].params)
   assert_close(out, reference[1])
 
 
-def test_metrics_against_float64(make_config):
+def test_metrics_against_float64(make_config, make_batch):
   """Loss, z-loss and bits per byte from the logits, in NumPy."""
   from flax import nnx  # pylint: disable=g-import-not-at-top
   from sparse_lm.model.transformer import model_graph  # pylint: disable=g-import-not-at-top
