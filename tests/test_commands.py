@@ -311,7 +311,8 @@ def get_suite(size):
 
 def test_compare_trains_what_is_missing_and_writes_the_results(
     call, mini_suite, tmp_path):
-  flags = [f"--suite={mini_suite}", "--size=s", f"--workdir={tmp_path / 'runs'}",
+  flags = [f"--suite={mini_suite}", "--size=s",
+           f"--workdir={tmp_path / 'runs'}",
            f"--results={tmp_path / 'results'}"]
   first = call("compare", *flags, "--only=spark",
                "--config.training.checkpoint_every=6")

@@ -1,4 +1,4 @@
-"""dReLU: ReLU on both branches of a gated layer (TurboSparse, arXiv 2406.05955).
+"""dReLU: ReLU on both branches of a gated layer (arXiv 2406.05955).
 
 A neuron is active where both are positive. A decoder computes one branch whole,
 and the other where the first is positive.

@@ -8,7 +8,8 @@ from sparse_lm.analysis import comparison
 def run(loss, flops, **values):
   fractions = {name: 0.25 for name in comparison.DEFINITIONS}
   return {"loss": loss, "bits_per_byte": loss / 2, "attended_keys": 9.0,
-          "executed_flops": {"total": flops}, "dense_flops": {"total": 4e6}, "tokens_per_second": 100.0,
+          "executed_flops": {"total": flops}, "dense_flops": {"total": 4e6},
+          "tokens_per_second": 100.0,
           "hidden_fraction_N": [0.1, 0.4], "parameters": 2e6,
           "hardware": {"device": "1 x X", "jax": "1.2", "date": "today"},
           "non_embedding": 1e6, "training_tokens": 3e6, **fractions, **values}
