@@ -4,9 +4,8 @@
 
 Writes results/<suite>.json, .md and .png. The same command goes on where it was
 stopped. Keys can be overridden in all trained configs at once, as in
---config.data.cache_dir=/scratch. Two processes may each train some of the
-methods (--only) in the same workdir; the command that finds all of them trained
-writes the whole table.
+--config.data.cache_dir=/scratch. Two processes may each train other methods
+(--only) in the same workdir; the table has every run that is finished there.
 """
 
 from collections.abc import Sequence
@@ -47,21 +46,23 @@ def main(argv: Sequence[str]) -> None:
   args, overrides = parser.parse_known_args(argv)
   from sparse_lm.analysis import comparison  # pylint: disable=g-import-not-at-top
   from sparse_lm.training import loop, suite as suite_lib  # pylint: disable=g-import-not-at-top
-  suite = cli.load_object("--suite", f"{args.suite}:{args.size}", "get_suite",
-                          suite_lib.Suite)
+  spec = args.suite if ":" in args.suite else f"{args.suite}:{args.size}"
+  suite = cli.load_object("--suite", spec, "get_suite", suite_lib.Suite)
   seeds = _seeds(args.seeds)
   only = [name for name in args.only.split(",") if name]
   part = suite.part(only, lambda config: cli.override(config, overrides))
   try:
-    suite_lib.run(part, args.workdir, seeds,
-                  functools.partial(print, flush=True))
+    failed = suite_lib.run(part, args.workdir, seeds,
+                           functools.partial(print, flush=True))
   except loop.Stopped as e:
     print(f"stopped by {e}", flush=True)
     sys.exit(143)  # 128 + SIGTERM, as train.
-  results = suite_lib.collect(suite, args.workdir, seeds)
+  results = suite_lib.collect(suite, args.workdir)
   paths = comparison.write(results, args.results)
   print("\n" + comparison.loss_table(results) + "\n")
   print("\n".join(map(str, paths)))
+  if failed:
+    raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -148,6 +148,24 @@ RELU = "model.ffn.activation=relu model.ffn.sparsifier=none"
     ("training.penalty.schedule=controller",
      "training.penalty.factor: must be above 0 for the controller"),
     ("training.penalty.schedule=linear", "training.penalty.schedule: 'linear'"),
+    ("training.penalty.factor=0.1",
+     "training.penalty.factor: schedule=none has none"),
+    ("training.penalty.peaks=(0.1,) training.penalty.boundaries=(9,)",
+     "training.penalty.peaks: and boundaries are for schedule=progressive"),
+    ("model.ffn.sparsifier=none model.ffn.sparse_layers=0",
+     "model.ffn.sparse_layers: there is no model.ffn.sparsifier"),
+    ("training.penalty.schedule=controller training.penalty.factor=0.1 "
+     "model.ffn.sparsifier=none",
+     "training.penalty.schedule: controller: model.ffn.activation=gelu_tanh"),
+    ("training.dead_neurons.after_tokens=9 model.ffn.sparsifier=none",
+     "training.dead_neurons.after_tokens: model.ffn.activation=gelu_tanh"),
+    ("training.penalty.schedule=constant training.penalty.factor=0.1 "
+     "model.linear_inputs.sparsifier=topk",
+     "training.penalty.schedule: L1 cannot shrink what"),
+    ("training.penalty.adjacent=0.1 model.ffn.activation=relu "
+     "model.ffn.sparsifier=none model.ffn.up_activation=relu",
+     "training.penalty.adjacent: needs .*up_activation=linear"),
+    ("training.start_step=3", "training.start_step: goes with"),
     ("training.penalty.factor=-1", "training.penalty.factor: -1.0 must not"),
     ("training.penalty.rate=1", "training.penalty.rate: 1.0 must be above 1"),
     ("training.penalty.target_active_fraction=1",
@@ -157,7 +175,7 @@ RELU = "model.ffn.activation=relu model.ffn.sparsifier=none"
     ("training.penalty.adjacent=0.1 model.ffn.sparsifier=none",
      "training.penalty.adjacent: needs model.ffn.activation to be one of relu"),
     ("training.penalty.chunk=0.1 model.ffn.activation=relu",
-     "training.penalty.chunk: needs .*model.ffn.sparsifier=none"),
+     "training.penalty.chunk: needs .*sparsifier=none and up_activation"),
     ("training.dead_neurons.reinitialize=0.1",
      "training.dead_neurons.after_tokens: must be above 0"),
     ("training.dead_neurons.after_tokens=-1",
@@ -223,7 +241,8 @@ def test_lists_by_flags_and_through_json():
   again = config_lib.from_dict(json.loads(config_lib.to_json(config)))
   assert again == config
   assert isinstance(again.training.penalty.peaks, tuple)
-  one = load("--config.training.penalty.peaks=0.1")
+  one = load(f"--config.{PROGRESSIVE}", "--config.training.penalty.peaks=0.1",
+             "--config.training.penalty.boundaries=9")
   assert one.training.penalty.peaks == (0.1,)
   assert config_lib.differences(config, load()) == [
       "training.penalty.schedule", "training.penalty.peaks",

@@ -28,6 +28,14 @@ def _mean(method: dict[str, Any], *keys: str) -> float:
   return float(np.mean(values))
 
 
+def gap(method: dict[str, Any], base: dict[str, Any]) -> float | None:
+  """How much higher a method's loss is, mean over the seeds that both have."""
+  seeds = method["runs"].keys() & base["runs"].keys()
+  differences = [method["runs"][seed]["loss"] - base["runs"][seed]["loss"]
+                 for seed in seeds]
+  return float(np.mean(differences)) if differences else None
+
+
 def loss_spread(results: Results) -> float | None:
   """The largest difference in loss between two seeds of one method, in nats.
 
@@ -48,36 +56,53 @@ def _table(rows: list[list[str]]) -> str:
 def loss_table(results: Results) -> str:
   """Loss, its gap to the first method, active neurons, FLOPs, speed.
 
-  A gap within the spread between seeds is marked with ~.
+  A gap is over the seeds that both have; one within the spread between seeds is
+  marked with ~.
   """
   methods = finished(results)
-  base_loss = _mean(methods[0], "loss")
   base_flops = _mean(methods[0], "dense_flops", "total")
   spread = loss_spread(results) or 0.0
   rows = [["method", "loss (nats/token)", "gap", "bits/byte", "seeds",
            "h != 0", "keys attended", "MFLOP/token", "of dense",
-           "trained at, tokens/s"]]
+           "trained at, tokens/s", "training, s"]]
   for method in methods:
-    loss = _mean(method, "loss")
     executed = _mean(method, "executed_flops", "total")
-    gap = loss - base_loss
-    near = "~" if method is not methods[0] and abs(gap) <= spread else ""
     speed = _mean(method, "tokens_per_second")
+    trained = ([f"{speed:,.0f}", f"{_mean(method, 'training_seconds'):.0f}"]
+               if speed else ["", ""])
     rows.append([
-        method["label"], f"{loss:.3f}", f"{near}{gap:+.3f}",
-        f"{_mean(method, 'bits_per_byte'):.3f}", str(len(method["runs"])),
+        method["label"], f"{_mean(method, 'loss'):.3f}",
+        _gap_cell(method, methods[0], spread),
+        f"{_mean(method, 'bits_per_byte'):.3f}", ", ".join(method["runs"]),
         f"{_mean(method, 'hidden_fraction'):.1%}",
         f"{_mean(method, 'attended_keys'):.0f}", f"{executed / 1e6:.2f}",
-        f"{executed / base_flops:.0%}", f"{speed:,.0f}" if speed else ""])
+        f"{executed / base_flops:.0%}", *trained])
   return _table(rows)
+
+
+def _gap_cell(method: dict[str, Any], base: dict[str, Any],
+              spread: float) -> str:
+  value = gap(method, base)
+  if method is base or value is None:
+    return ""
+  return f"{'~' if abs(value) <= spread else ''}{value:+.3f}"
+
+
+def _kept_cell(method: dict[str, Any]) -> str:
+  """What the top-k keeps: of the neurons, or of each linear map's input."""
+  kept, changes = _mean(method, "kept_fraction"), method["changes"]
+  if changes.get("model.linear_inputs.sparsifier", "none") != "none":
+    return f"{changes['model.linear_inputs.active_fraction']:.0%} of inputs"
+  return f"{kept:.1%}" if kept < 1 else ""
 
 
 def definition_table(results: Results) -> str:
   """Active neurons by every definition, dead neurons and unions."""
   rows = [["method", *DEFINITIONS.values()]]
   for method in finished(results):
-    rows.append([method["label"],
-                 *(f"{_mean(method, name):.1%}" for name in DEFINITIONS)])
+    rows.append([method["label"], *(
+        _kept_cell(method) if name == "kept_fraction"
+        else f"{_mean(method, name):.1%}" for name in DEFINITIONS)])
   return _table(rows)
 
 
@@ -106,6 +131,11 @@ def _hardware(results: Results) -> str:
   return "; ".join(sorted(found))
 
 
+def _repeated(methods: list[dict[str, Any]]) -> str:
+  return "measured on " + ", ".join(
+      method["label"] for method in methods if len(method["runs"]) > 1)
+
+
 def _setting(results: Results) -> str:
   methods = finished(results)
   parameters, non_embedding, tokens = (x / 1e6 for x in _size(methods[0]))
@@ -121,9 +151,10 @@ def _setting(results: Results) -> str:
   lines.append(
       "One seed each: nothing here says how much of a gap is chance."
       if spread is None else
-      f"Two seeds of one method differ by up to {spread:.3f} nats: a gap to "
-      f"{methods[0]['label']} within that is marked ~, and the order of two "
-      "methods that close is undecided.")
+      f"Two seeds of one method differ by up to {spread:.3f} nats "
+      f"({_repeated(methods)}): a gap to {methods[0]['label']}, over the seeds "
+      "that both have, within that is marked ~, and the order of two methods "
+      "that close is undecided.")
   missing = [m["label"] for m in results["methods"] if not m["runs"]]
   if missing:
     lines.append(f"Not trained: {', '.join(missing)}.")
@@ -149,8 +180,8 @@ the first method's with nothing skipped.
 {definition_table(results)}
 
 gate > 0: activations above zero. h != 0: non-zero intermediate outputs. top-k
-keeps: what the sparsifier lets through, all where there is none. never fire: on
-the evaluated tokens. union: neurons that fire for at least one of so many
+keeps: what the sparsifier lets through, empty where there is none. never fire:
+on the evaluated tokens. union: neurons that fire for at least one of so many
 adjacent tokens.
 
 ## Non-zero intermediate outputs by layer
@@ -163,19 +194,21 @@ def figure(results: Results) -> Figure:
   """Loss against executed FLOPs per token, relative to the first method's loss
   and dense FLOPs.
 
-  The main figure of the Spark paper (arXiv 2506.06644, Figure 1a). Seeds are
-  joined by a line.
+  The main figure of the Spark paper (arXiv 2506.06644, Figure 1a). A run is
+  relative to the first method's of the same seed. Seeds are joined by a line.
   """
   methods = finished(results)
-  base_loss = _mean(methods[0], "loss")
+  base = methods[0]["runs"]
   base_flops = _mean(methods[0], "dense_flops", "total")
   drawing = Figure(figsize=(10, 6), layout="constrained")
   axes = drawing.subplots()
   colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(methods)))
   for number, method in enumerate(methods):
-    runs = method["runs"].values()
-    x = [run["executed_flops"]["total"] / base_flops for run in runs]
-    y = [run["loss"] / base_loss for run in runs]
+    runs = {seed: run for seed, run in method["runs"].items() if seed in base}
+    if not runs:
+      continue
+    x = [run["executed_flops"]["total"] / base_flops for run in runs.values()]
+    y = [run["loss"] / base[seed]["loss"] for seed, run in runs.items()]
     axes.plot(x, y, "o-", color=colors[number],
               label=f"{number + 1}  {method['label']}")
     axes.annotate(str(number + 1), (np.mean(x), np.mean(y)), fontsize="small",

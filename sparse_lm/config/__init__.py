@@ -46,12 +46,29 @@ class Config:
     length, chunk = self.model.context_length, self.training.loss_chunk
     check(chunk == 0 or length % chunk == 0, "training.loss_chunk",
           f"{chunk} does not divide model.context_length={length}")
+    self._check_sparsity()
+
+  def _check_sparsity(self) -> None:
+    """That the model has what the training's penalties and repair act on."""
     penalty, ffn = self.training.penalty, self.model.ffn
+    relu = ffn.activation in RELU_FAMILY
     for name in ("adjacent", "chunk"):
       check(not getattr(penalty, name) or (
-          ffn.activation in RELU_FAMILY and ffn.sparsifier == "none"),
+          relu and ffn.sparsifier == "none" and ffn.up_activation == "linear"),
             f"training.penalty.{name}", "needs model.ffn.activation to be one "
-            f"of {', '.join(RELU_FAMILY)}, and model.ffn.sparsifier=none")
+            f"of {', '.join(RELU_FAMILY)}, sparsifier=none and "
+            "up_activation=linear")
+    exact = relu or ffn.sparsifier != "none"
+    why = (f"model.ffn.activation={ffn.activation} without a sparsifier leaves "
+           "no neuron inactive")
+    check(penalty.schedule != "controller" or exact,
+          "training.penalty.schedule", f"controller: {why}")
+    check(not self.training.dead_neurons.after_tokens or exact,
+          "training.dead_neurons.after_tokens", why)
+    check(penalty.schedule == "none"
+          or self.model.linear_inputs.sparsifier == "none"
+          or not self.model.linear_inputs.rescale, "training.penalty.schedule",
+          "L1 cannot shrink what model.linear_inputs.rescale scales up again")
 
 
 def to_dict(config) -> dict[str, Any]:

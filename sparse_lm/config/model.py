@@ -243,6 +243,8 @@ class ModelConfig:
     text, key = self.ffn.sparse_layers, "model.ffn.sparse_layers"
     if text == "all":
       return (True,) * self.num_layers
+    check(self.ffn.sparsifier != "none", key,
+          "there is no model.ffn.sparsifier")
     chosen = set()
     for part in text.split(","):
       match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)

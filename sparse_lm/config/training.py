@@ -113,8 +113,14 @@ class PenaltyConfig:
           f"{self.target_active_fraction} must be in (0, 1)")
     check(self.chunk_length > 1, f"{group}.chunk_length",
           f"{self.chunk_length} must be above 1")
+    check(self.factor == 0 or self.schedule in ("constant", "controller"),
+          f"{group}.factor", f"schedule={self.schedule} has none; constant and "
+          "controller have")
     if self.schedule == "progressive":
       self._check_stages(group)
+    else:
+      check(not self.peaks and not self.boundaries, f"{group}.peaks",
+            "and boundaries are for schedule=progressive")
 
   def _check_stages(self, group: str) -> None:
     check(len(self.peaks) == len(self.boundaries) > 0, f"{group}.peaks",
@@ -181,8 +187,9 @@ class TrainingConfig:
   loss_chunk: int = free(0)
   seed: int = 0
   # A run's folder whose parameters this run starts from, in place of fresh
-  # ones; its checkpoint, 0: the newest.
-  start_from: str = ""
+  # ones; its checkpoint, 0: the newest. The data go on from there too, where
+  # they are the same.
+  start_from: str = free("")
   start_step: int = 0
   optimizer: OptimizerConfig = OptimizerConfig()
   penalty: PenaltyConfig = PenaltyConfig()
@@ -195,6 +202,7 @@ class TrainingConfig:
   # The newest so many, and that of the lowest held-out loss among those saved
   # at a step that evaluates.
   keep_checkpoints: int = free(2)
+  keep_steps: tuple[int, ...] = free(())  # and those of these steps, for good
 
   def __post_init__(self):
     for name in ("num_steps", "batch_size", "micro_batches", "log_every",

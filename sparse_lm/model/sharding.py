@@ -4,6 +4,9 @@ An array's name ends in its axes, as in `query_DxHxE`, and that suffix is all
 there is to know: the tables below send each letter to mesh axes.
 """
 
+from collections.abc import Callable
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -38,6 +41,24 @@ def parameter_spec(path: tuple, ndim: int) -> PartitionSpec:
     return PartitionSpec()
   axes = [PARAMETER_AXES.get(letter) for letter in letters]
   return PartitionSpec(*[None] * (ndim - len(axes)), *axes)
+
+
+def per_batch_shard(f: Callable[[jax.Array], jax.Array],
+                    x: jax.Array) -> jax.Array:
+  """f(x) for an f that treats each row of x's first axis, B, by itself.
+
+  The compiler gathers all rows on every device for operations that it cannot
+  split, such as a sort; here each device runs f on its own. Where the rows do
+  not divide among the devices, or without a mesh, it is f(x).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if (
+      not mesh.empty) else 1
+  if shards == 1 or x.shape[0] % shards:
+    return f(x)
+  spec = PartitionSpec(BATCH_AXES)
+  return jax.shard_map(f, in_specs=spec, out_specs=spec,
+                       axis_names=set(BATCH_AXES))(x)
 
 
 def constrain(x: jax.Array, axes: str,

@@ -22,6 +22,7 @@ import numpy as np
 import scipy.special
 
 from sparse_lm.config import LinearInputsConfig
+from sparse_lm.model.sharding import per_batch_shard
 
 
 def _safe_sqrt(x: jax.Array) -> jax.Array:
@@ -120,14 +121,17 @@ def topk_mask(x: jax.Array, k: int) -> jax.Array:
   """True for the k largest entries of the last axis; of equals the first.
 
   Args:
-    x: any shape.
+    x: any shape; on a mesh its first axis is the batch.
     k: at most the size of the last axis; exactly so many are True, and every
       NaN, so that none is lost.
   """
-  kth = jax.lax.top_k(x, k)[0][..., -1:]
-  above, tied = ~(x <= kth), x == kth
-  room = k - above.sum(-1, keepdims=True)
-  return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+  def mask(x):
+    kth = jax.lax.top_k(x, k)[0][..., -1:]
+    above, tied = ~(x <= kth), x == kth
+    room = k - above.sum(-1, keepdims=True)
+    return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+
+  return per_batch_shard(mask, jax.lax.stop_gradient(x))
 
 
 def topk(x: jax.Array, k: int) -> jax.Array:
@@ -147,11 +151,12 @@ def approx_topk(x: jax.Array, k: int, recall: float) -> jax.Array:
     recall: the fraction of the k largest that is expected among them. TPUs
       trade it for speed; other backends are exact.
   """
-  _, kept = jax.lax.approx_max_k(jax.lax.stop_gradient(x), k,
-                                 recall_target=recall)
-  mask = jnp.put_along_axis(jnp.zeros(x.shape, bool), kept, True, axis=-1,
-                            inplace=False)
-  return jnp.where(mask, x, 0)
+  def mask(x):
+    _, kept = jax.lax.approx_max_k(x, k, recall_target=recall)
+    return jnp.put_along_axis(jnp.zeros(x.shape, bool), kept, True, axis=-1,
+                              inplace=False)
+
+  return jnp.where(per_batch_shard(mask, jax.lax.stop_gradient(x)), x, 0)
 
 
 def block_topk(x: jax.Array, k: int, block_size: int) -> jax.Array:
@@ -190,7 +195,7 @@ def sparsify_input(x: jax.Array, config: LinearInputsConfig,
   if config.sparsifier == "none":
     return x
   flat = x.reshape(*x.shape[:x.ndim - axes], -1)
-  size = jax.lax.stop_gradient(jnp.abs(flat))
+  size = jnp.abs(flat)
   if config.sparsifier == "block_topk":
     blocks = size.reshape(*size.shape[:-1], -1, config.block_size)
     mask = topk_mask(blocks, config.num_active(config.block_size))

@@ -8,7 +8,7 @@ renames it, so that a save cut short leaves nothing that looks like a
 checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import pathlib
 from typing import Any
 
@@ -64,14 +64,16 @@ def _newest_readable(manager: ocp.CheckpointManager,
 class Checkpointer:
   """Saves and restores the state of a run in `workdir/checkpoints`."""
 
-  def __init__(self, workdir: pathlib.Path, keep: int):
-    """Keeps the newest `keep` checkpoints and that of the lowest loss."""
+  def __init__(self, workdir: pathlib.Path, keep: int,
+               keep_steps: Sequence[int] = ()):
+    """Keeps the newest `keep` checkpoints, that of the lowest loss, and those
+    of `keep_steps`."""
     self._workdir = workdir
     policies = checkpoint_managers
     self._manager = _manager(
         workdir / FOLDER, cleanup_tmp_directories=True,
         preservation_policy=policies.AnyPreservationPolicy([
-            policies.LatestN(n=keep),
+            policies.LatestN(n=keep), policies.CustomSteps(keep_steps),
             policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True,
                            n=1, keep_checkpoints_without_metrics=False)]))
 
@@ -147,6 +149,19 @@ class Checkpointer:
 
   def close(self) -> None:
     self._manager.close()
+
+
+def is_saved(workdir: pathlib.Path, step: int) -> bool:
+  """Whether a checkpoint of a step is complete."""
+  return (workdir / FOLDER / str(step)).is_dir()
+
+
+def restore_data(workdir: pathlib.Path, step: int, data_iterator) -> None:
+  """Sets the Grain iterator to where a checkpoint's was."""
+  from grain import checkpoint as grain_checkpoint  # pylint: disable=g-import-not-at-top
+  with _manager(workdir / FOLDER, read_only=True) as manager:
+    manager.restore(step, args=ocp.args.Composite(
+        data=grain_checkpoint.CheckpointRestore(data_iterator)))
 
 
 def save_params(workdir: pathlib.Path, step: int, params: Any) -> None:

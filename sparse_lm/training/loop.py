@@ -33,7 +33,8 @@ from sparse_lm.training import metrics as metrics_lib
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training import program
 from sparse_lm.training import workdir as workdir_lib
-from sparse_lm.training.checkpoint import FOLDER, Checkpointer, load_params
+from sparse_lm.training import start as start_lib
+from sparse_lm.training.checkpoint import FOLDER, Checkpointer
 from sparse_lm.training.step import TrainState, make_eval_step
 
 Report = Callable[[str], None]
@@ -123,7 +124,8 @@ class Trainer:
     self._check_data()
     self._check_prompt()
     self.mesh = mesh_lib.make_mesh(config)
-    self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
+    self.checkpointer = Checkpointer(
+        workdir, config.training.keep_checkpoints, config.training.keep_steps)
     self.batches = iter(self.corpus.train(jax.process_index(),
                                           jax.process_count()))
     self.state = self._restore_or_create()
@@ -156,22 +158,11 @@ class Trainer:
     state = self.checkpointer.restore(abstract, self.batches, self.report)
     if state:
       return state
-    training = self.config.training
-    if not training.start_from:
-      return program.create_state(self.config, self.mesh)
-    source = pathlib.Path(training.start_from)
-    workdir_lib.check_start(source, self.config, self.corpus.tokenizer)
-    try:
-      step, params = load_params(source, abstract.params, self.report,
-                                 training.start_step or None,
-                                 "config.training.start_step")
-    except UserError as e:
-      if str(e).startswith("config."):
-        raise
-      raise UserError(f"config.training.start_from: {e}") from e
-    self.report(f"starting from {source}, step {step}")
-    return dataclasses.replace(program.create_state(self.config, self.mesh),
-                               params=params)
+    state = program.create_state(self.config, self.mesh)
+    if not self.config.training.start_from:
+      return state
+    return dataclasses.replace(state, params=start_lib.load(
+        self.config, abstract.params, self.corpus, self.batches, self.report))
 
   def _compile_train_step(self):
     start = time.perf_counter()
@@ -224,7 +215,7 @@ class Trainer:
         self._unlogged.append((self.step, metrics))
         last = self.step == training.num_steps
         reason = "" if last else stop.asked(self.step)
-        if last or reason or self.step % training.checkpoint_every == 0 or (
+        if last or reason or self._saves() or (
             self.step % training.eval_every == 0):
           self._log()  # Raises before a NaN could be saved.
           with self.clock.pause():
@@ -240,6 +231,11 @@ class Trainer:
     return (bool(self._unlogged)
             and self._unlogged[-1][0] % self.config.training.log_every == 0)
 
+  def _saves(self) -> bool:
+    training = self.config.training
+    return (self.step % training.checkpoint_every == 0
+            or self.step in training.keep_steps)
+
   def _evaluate_and_save(self, last: bool, reason: str) -> None:
     training, loss = self.config.training, None
     # Who asks to stop may not wait for an evaluation.
@@ -248,7 +244,7 @@ class Trainer:
       loss = summary["loss"]
       self.report(f"step {self.step:>6}  held out: loss {loss:.4f}  "
                   f"{summary['bits_per_byte']:.3f} bits/byte")
-    if last or reason or self.step % training.checkpoint_every == 0:
+    if last or reason or self._saves():
       self.checkpointer.save(self.state, self.batches, loss)
     if last or reason:
       self.checkpointer.wait()
@@ -342,14 +338,15 @@ def train(config: Config, workdir: pathlib.Path,
   """
   workdir = pathlib.Path(workdir)
   workdir_lib.check(workdir, config)
-  trainer = Trainer(config, workdir, report)
-  try:
-    if trainer.step >= config.training.num_steps:
-      return None
-    with jax.set_mesh(trainer.mesh):
-      if trainer.step:
-        trainer.report(f"resuming from step {trainer.step}")
-      trainer.run()
-      return Outcome(trainer.state, trainer.evaluate(), trainer.corpus)
-  finally:
-    trainer.close()
+  with workdir_lib.locked(workdir):
+    trainer = Trainer(config, workdir, report)
+    try:
+      if trainer.step >= config.training.num_steps:
+        return None
+      with jax.set_mesh(trainer.mesh):
+        if trainer.step:
+          trainer.report(f"resuming from step {trainer.step}")
+        trainer.run()
+        return Outcome(trainer.state, trainer.evaluate(), trainer.corpus)
+    finally:
+      trainer.close()

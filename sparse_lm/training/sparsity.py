@@ -17,6 +17,10 @@ from sparse_lm.model.transformer import Statistics
 from sparse_lm.training import schedules
 
 
+# Where the controller stays: 0 and infinity it could not leave again.
+_FACTOR_RANGE = 1e-12, 1e6
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparsityState:
@@ -94,7 +98,8 @@ def update(state: SparsityState, step: jax.Array, statistics: Statistics,
   """The state after a step.
 
   The controller is ReMoE's (arXiv 2412.14711, Section 3.3): the factor is
-  multiplied by `rate` where more neurons are active than wanted, else divided.
+  multiplied by `rate` where more neurons are active than wanted, else divided,
+  within 1e-12 and 1e6.
 
   Args:
     state: that of the step.
@@ -109,6 +114,7 @@ def update(state: SparsityState, step: jax.Array, statistics: Statistics,
     active = (statistics.sums["nonzero_hidden"] / neurons).mean()
     factor *= jnp.where(active > penalty.target_active_fraction, penalty.rate,
                         1 / penalty.rate)
+    factor = jnp.clip(factor, *_FACTOR_RANGE)
   if dead.after_tokens:
     waited = jnp.minimum(idle_NxF + statistics.tokens.astype(jnp.int32),
                          dead.after_tokens)

@@ -1,8 +1,9 @@
 """A suite: configs trained one after another, to be compared.
 
 Each run is a folder of its own, `<workdir>/<name>-seed<seed>`, that resumes
-like any other, so a suite can be stopped and started again anywhere, and two
-processes may share the methods of one workdir out between them.
+like any other, so a suite can be stopped and started again anywhere. Two
+processes may train different methods in one workdir; a run that another process
+is training is an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from sparse_lm import config as config_lib
 from sparse_lm import flops
 from sparse_lm.config import Config
 from sparse_lm.errors import UserError
-from sparse_lm.training import loop, metrics, threshold, workdir
+from sparse_lm.training import (checkpoint, loop, metrics, start, threshold,
+                                workdir)
 from sparse_lm.training.step import init_params
 
 Report = Callable[[str], None]
@@ -92,48 +94,97 @@ class Suite:
         raise UserError(f"--only: {name!r} is not one of {', '.join(known)}")
       wanted.add(name)
       queue += filter(None, (known[name].start, known[name].shift))
-    return dataclasses.replace(self, methods=tuple(
-        dataclasses.replace(method, config=override(method.config))
-        for method in self.methods if method.name in wanted))
+    methods = []
+    for method in (m for m in self.methods if m.name in wanted):
+      config = override(method.config)
+      # The first method starts from none: it is here that this shows.
+      changed = {"training.num_steps", "training.batch_size"} & set(
+          config_lib.differences(method.config, config))
+      starting = [m.name for m in self.methods if m.name in wanted and m.start]
+      if changed and starting:
+        raise UserError(f"config.{changed.pop()}: cannot be overridden, since "
+                        f"{starting[0]} starts from a step of another method; "
+                        "name others in --only, or write a suite of your own")
+      methods.append(dataclasses.replace(method, config=config))
+    return dataclasses.replace(self, methods=tuple(methods))
 
 
-def folder(root: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+def folder(root: pathlib.Path, name: str, seed: int | str) -> pathlib.Path:
+  """Of a method's run."""
   return root / f"{name}-seed{seed}"
 
 
-def seeded(method: Method, root: pathlib.Path, seed: int) -> Config:
-  """The config of a method's run of a seed."""
-  changes = {"training.seed": seed}
+def seeded(suite: Suite, method: Method, root: pathlib.Path,
+           seed: int) -> Config:
+  """The config of a method's run of a seed.
+
+  A run keeps the checkpoints that other methods start from.
+  """
+  starts = {m.config.training.start_step for m in suite.methods
+            if m.start == method.name}
+  changes = {"training.seed": seed, "training.keep_steps": tuple(sorted(
+      {*method.config.training.keep_steps, *starts} - {0}))}
   if method.start:
     changes["training.start_from"] = str(folder(root, method.start, seed))
   return config_lib.replace(method.config, **changes)
 
 
+def _check(suite: Suite, root: pathlib.Path, seeds: Sequence[int]) -> None:
+  """Raises for what can be known to fail before anything is trained."""
+  configs = {method.name: method.config for method in suite.methods}
+  for method in suite.methods:
+    if method.start:
+      start.check_shapes(configs[method.start], method.config,
+                         pathlib.Path(method.start))
+    for seed in seeds:
+      target = folder(root, method.name, seed)
+      if not method.shift:
+        if (target / workdir.CONFIG).exists():
+          workdir.check(target, seeded(suite, method, root, seed))
+      elif (target / threshold.FILE).exists():
+        record = json.loads((target / threshold.FILE).read_text())
+        if (record["thresholds"], record["tolerance"]) != (
+            list(suite.thresholds), suite.tolerance):
+          raise UserError(f"{target}: was made with other thresholds; remove "
+                          "it to make it again")
+
+
 def run(suite: Suite, root: pathlib.Path, seeds: Sequence[int],
-        report: Report) -> None:
+        report: Report) -> list[str]:
   """Trains what is not trained yet.
 
+  A run that fails, as one whose loss diverges does, does not keep the others
+  from being trained.
+
+  Returns:
+    What failed: a line each.
+
   Raises:
-    UserError: as training does.
+    UserError: where a run cannot start.
     loop.Stopped: after a signal; the same call goes on from there.
   """
+  _check(suite, root, seeds)
+  failed = []
   todo = [(method, seed) for seed in seeds for method in suite.methods]
   for number, (method, seed) in enumerate(todo, start=1):
     target = folder(root, method.name, seed)
-    config = seeded(method, root, seed)
-    if not method.shift:
-      workdir.check(target, config)
     if final_evaluation(target) is not None:
       continue
     report(f"\n[{number}/{len(todo)}] {method.label}, seed {seed}: {target}")
-    start = time.perf_counter()
-    if method.shift:
-      threshold.sweep(folder(root, method.shift, seed), target,
-                      suite.thresholds, suite.tolerance,
-                      config.training.eval_batches, report)
+    begin = time.perf_counter()
+    try:
+      if method.shift:
+        threshold.sweep(folder(root, method.shift, seed), target,
+                        suite.thresholds, suite.tolerance,
+                        method.config.training.eval_batches, report)
+      else:
+        loop.train(seeded(suite, method, root, seed), target, report)
+    except UserError as e:
+      failed.append(f"{method.label}, seed {seed}: {e}")
+      report(f"failed: {failed[-1]}")
     else:
-      loop.train(config, target, report)
-    report(f"{method.label}: {time.perf_counter() - start:.0f} s")
+      report(f"{method.label}: {time.perf_counter() - begin:.0f} s")
+  return failed
 
 
 def final_evaluation(target: pathlib.Path) -> dict[str, Any] | None:
@@ -143,14 +194,26 @@ def final_evaluation(target: pathlib.Path) -> dict[str, Any] | None:
   last = workdir.read_config(target).training.num_steps
   found = [line for line in metrics.read(target)
            if line["split"] == "eval" and line["step"] == last]
-  return found[-1] if found else None
+  # The evaluation is written before the checkpoint is.
+  return found[-1] if found and checkpoint.is_saved(target, last) else None
 
 
-def _speed(target: pathlib.Path) -> float:
-  """Median tokens per second of the log lines; 0 where nothing was trained."""
-  rates = [line["tokens_per_second"] for line in metrics.read(target)
-           if line["split"] == "train"]
-  return float(np.median(rates)) if rates else 0.0
+def _training_time(target: pathlib.Path,
+                   config: Config) -> dict[str, float]:
+  """`tokens_per_second`, the log lines' median, and `training_seconds`.
+
+  Compilation, evaluation and checkpoints are left out. Both are 0 where nothing
+  was trained.
+  """
+  per_step = config.training.batch_size * config.model.context_length
+  rates, seconds, before = [], 0.0, 0
+  for line in metrics.read(target):
+    if line["split"] == "train":
+      rates.append(line["tokens_per_second"])
+      seconds += (line["step"] - before) * per_step / rates[-1]
+      before = line["step"]
+  return {"tokens_per_second": float(np.median(rates)) if rates else 0.0,
+          "training_seconds": seconds}
 
 
 def _parameters(config: Config) -> dict[str, int]:
@@ -160,14 +223,20 @@ def _parameters(config: Config) -> dict[str, int]:
           "non_embedding": total - shapes["embedding_VxD"].size}
 
 
-def _tokens(config: Config) -> int:
+def _tokens(suite: Suite, root: pathlib.Path, name: str, seed: str) -> int:
   """Tokens that a run's parameters are trained on, its start's included."""
+  method = next(m for m in suite.methods if m.name == name)
+  if method.shift:
+    return _tokens(suite, root, method.shift, seed)
+  config = workdir.read_config(folder(root, name, seed))
   training = config.training
-  steps = training.num_steps
-  if training.start_from:
-    source = workdir.read_config(pathlib.Path(training.start_from)).training
-    steps += training.start_step or source.num_steps
-  return steps * training.batch_size * config.model.context_length
+  tokens = (training.num_steps * training.batch_size
+            * config.model.context_length)
+  if not method.start:
+    return tokens
+  source = workdir.read_config(folder(root, method.start, seed)).training
+  share = (training.start_step or source.num_steps) / source.num_steps
+  return tokens + round(share * _tokens(suite, root, method.start, seed))
 
 
 def _result(target: pathlib.Path, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -175,8 +244,7 @@ def _result(target: pathlib.Path, evaluation: dict[str, Any]) -> dict[str, Any]:
   config = workdir.read_config(target)
   dense = flops.dense_flops(config.model, evaluation["visible_keys_N"])
   executed = flops.measured_flops(config.model, evaluation)
-  return dict(evaluation, training_tokens=_tokens(config),
-              tokens_per_second=_speed(target),
+  return dict(evaluation, **_training_time(target, config),
               threshold=config.model.ffn.threshold,
               hardware=json.loads((target / workdir.HARDWARE).read_text()),
               executed_flops=dict(vars(executed), total=executed.total),
@@ -184,28 +252,30 @@ def _result(target: pathlib.Path, evaluation: dict[str, Any]) -> dict[str, Any]:
               **_parameters(config))
 
 
-def collect(suite: Suite, root: pathlib.Path,
-            seeds: Sequence[int]) -> dict[str, Any]:
-  """The results of every run that is finished.
+def collect(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
+  """The results of every finished run in `root`, of any seed.
 
   Returns:
     `suite`, and `methods`: for each its name, label, the keys in which its
     config differs from the first method's, and `runs`: by seed, the last
     evaluation (see `metrics.summarize`), `parameters`, `non_embedding`
-    (parameters), `training_tokens`, `tokens_per_second`, `hardware`,
-    `executed_flops` and `dense_flops` per token.
+    (parameters), `training_tokens`, `tokens_per_second`, `training_seconds`,
+    `hardware`, `executed_flops` and `dense_flops` per token.
   """
   base = config_lib.flatten(suite.methods[0].config)
   rows = []
   for method in suite.methods:
-    targets = {str(seed): folder(root, method.name, seed) for seed in seeds}
-    finished = {seed: (target, final_evaluation(target))
-                for seed, target in targets.items()}
+    runs = {}
+    for target in sorted(root.glob(f"{method.name}-seed*")):
+      evaluation = final_evaluation(target)
+      if evaluation is not None:
+        seed = target.name.removeprefix(f"{method.name}-seed")
+        runs[seed] = dict(
+            _result(target, evaluation),
+            training_tokens=_tokens(suite, root, method.name, seed))
     changes = {key: value for key, value
                in config_lib.flatten(method.config).items()
                if base[key] != value}
-    rows.append(dict(
-        name=method.name, label=method.label, changes=changes,
-        runs={seed: _result(*found) for seed, found in finished.items()
-              if found[1] is not None}))
+    rows.append(dict(name=method.name, label=method.label, changes=changes,
+                     runs=runs))
   return dict(suite=suite.name, methods=rows)

@@ -1,5 +1,8 @@
 """A run's folder: its config, and whose it is."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -11,7 +14,6 @@ import jax
 from sparse_lm import config as config_lib
 from sparse_lm.config import Config
 from sparse_lm.errors import UserError
-from sparse_lm.training.step import init_params
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -46,6 +48,25 @@ def check(workdir: pathlib.Path, config: Config) -> None:
     raise UserError(
         f"--workdir={workdir}: holds a run with another config (it differs in "
         f"{shown}{', ...' if differing[5:] else ''}); choose another workdir")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds a run's folder, so that no other process trains in it meanwhile.
+
+  Of a cluster's processes the first one holds it.
+
+  Raises:
+    UserError: where another process does.
+  """
+  with (workdir / ".lock").open("w") as file:
+    if jax.process_index() == 0:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as e:
+        raise UserError(f"--workdir={workdir}: another process is training "
+                        "there") from e
+    yield  # Closing the file lets it go.
 
 
 def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
@@ -90,38 +111,6 @@ def hardware() -> dict[str, str]:
           else f"{jax.device_count()} x {device.device_kind}")
   return {"device": kind, "jax": jax.__version__,
           "date": time.strftime("%Y-%m-%d")}
-
-
-def check_start(source: pathlib.Path, config: Config, tokenizer) -> None:
-  """Checks that a run can start from the parameters of the run in `source`.
-
-  Args:
-    source: `config.training.start_from`.
-    config: the new run's.
-    tokenizer: the new run's; the parameters mean nothing with another.
-
-  Raises:
-    UserError: on another tokenizer, or parameters of other shapes.
-  """
-  key = f"config.training.start_from: {source}"
-  try:
-    theirs = read_config(source)
-  except UserError as e:
-    raise UserError(f"{key} holds no run") from e
-  shapes = [_parameter_shapes(c) for c in (theirs, config)]
-  for name in sorted(shapes[0].keys() | shapes[1].keys()):
-    there, here = (s.get(name) for s in shapes)
-    if there != here:
-      raise UserError(f"{key} has {name} of shape {there}, this config "
-                      f"{here}")
-  if (source / TOKENIZER).read_text("utf-8") != tokenizer.to_json():
-    raise UserError(f"{key} was trained with another tokenizer")
-
-
-def _parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-  params = jax.eval_shape(lambda: init_params(config))
-  return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape
-          for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _unwritable(workdir: pathlib.Path, error: OSError) -> UserError:

@@ -9,15 +9,17 @@ def run(loss, flops, **values):
   fractions = {name: 0.25 for name in comparison.DEFINITIONS}
   return {"loss": loss, "bits_per_byte": loss / 2, "attended_keys": 9.0,
           "executed_flops": {"total": flops}, "dense_flops": {"total": 4e6},
-          "tokens_per_second": 100.0,
+          "tokens_per_second": 100.0, "training_seconds": 60.0,
           "hidden_fraction_N": [0.1, 0.4], "parameters": 2e6,
           "hardware": {"device": "1 x X", "jax": "1.2", "date": "today"},
-          "non_embedding": 1e6, "training_tokens": 3e6, **fractions, **values}
+          "non_embedding": 1e6, "training_tokens": 3e6, **fractions,
+          "kept_fraction": 1.0, **values}
 
 
 def make(**methods):
   return {"suite": "s", "methods": [
-      {"name": name, "label": name, "runs": dict(enumerate(runs))}
+      {"name": name, "label": name, "changes": {},
+       "runs": {str(seed): run for seed, run in enumerate(runs)}}
       for name, runs in methods.items()]}
 
 
@@ -36,11 +38,11 @@ RESULTS = make(
 
 def test_means_gaps_and_the_mark_of_chance():
   table = comparison.loss_table(RESULTS)
-  assert cells(table, "dense")[1:5] == ["3.020", "+0.000", "1.510", "2"]
-  # The two seeds of `dense` are 0.04 apart.
-  assert cells(table, "near")[1:6] == ["3.030", "~+0.010", "1.515", "1", "5.0%"]
+  assert cells(table, "dense")[1:5] == ["3.020", "", "1.510", "0, 1"]
+  # The two seeds of `dense` are 0.04 apart; the gap is to the same seed's.
+  assert cells(table, "near")[1:6] == ["3.030", "~+0.030", "1.515", "0", "5.0%"]
   assert cells(table, "near")[7:9] == ["1.00", "25%"]
-  assert cells(table, "far")[2] == "+0.180"
+  assert cells(table, "far")[2] == "+0.200"
   assert "missing" not in table
 
 
@@ -59,6 +61,18 @@ def test_what_cannot_be_compared_is_named():
   assert "One seed each" in alone and "Not trained" not in alone
 
 
+def test_what_a_top_k_keeps_is_shown_where_there_is_one():
+  results = make(none=[run(3.0, 1)], topk=[run(3.0, 1, kept_fraction=0.08)],
+                 inputs=[run(3.0, 1)])
+  results["methods"][2]["changes"] = {
+      "model.linear_inputs.sparsifier": "topk",
+      "model.linear_inputs.active_fraction": 0.6}
+  table = comparison.definition_table(results)
+  column = list(comparison.DEFINITIONS).index("kept_fraction") + 1
+  kept = [cells(table, name)[column] for name in ("none", "topk", "inputs")]
+  assert kept == ["", "8.0%", "60% of inputs"]
+
+
 def test_layers_are_means_over_seeds():
   results = make(a=[run(3.0, 1), run(3.0, 1, hidden_fraction_N=[0.3, 0.4])])
   assert cells(comparison.layer_table(results), "a") == ["a", "20.0%", "40.0%"]
@@ -69,5 +83,5 @@ def test_the_figure_is_relative_to_the_first_method():
   lines = {line.get_label().split()[-1]: line for line in axes.get_lines()
            if line.get_label()[0].isdigit()}
   assert list(lines["near"].get_xdata()) == [0.25]
-  assert list(lines["near"].get_ydata()) == pytest.approx([3.03 / 3.02])
+  assert list(lines["near"].get_ydata()) == pytest.approx([3.03 / 3.0])
   assert list(lines["dense"].get_xdata()) == [1, 1]

@@ -4,6 +4,7 @@ Gaussians and Gemma 3n."""
 import dataclasses
 import json
 import pathlib
+import re
 
 from hypothesis import given, settings, strategies as st
 import jax
@@ -298,3 +299,30 @@ def test_sparsify_input_keeps_the_type_and_measures_in_float32():
   np.testing.assert_allclose(np.asarray(y, np.float64), rescaled(kept),
                              rtol=0, atol=1.01 * 2**-8)
   assert sparsify_input(x, LinearInputsConfig()) is x
+
+
+@pytest.mark.parametrize("name, f", [
+    ("topk", lambda x: topk(x, 5)),
+    ("approx_topk", lambda x: approx_topk(x, 5, 0.9)),
+    ("block_topk", lambda x: block_topk(x, 2, 8)),
+    ("inputs", lambda x: sparsify_input(
+        x, LinearInputsConfig(sparsifier="topk"))),
+])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_no_device_gathers_other_devices_rows(name, f, shape):
+  """A sort of rows that lie on other devices would bring them all here."""
+  del name
+  mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"),
+                       axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  x = jax.random.normal(jax.random.key(0), (16, 4, 64))
+  expected, slope = jax.value_and_grad(lambda x: jnp.sin(f(x)).sum())(x)
+  rows = jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+  with jax.set_mesh(mesh):
+    run = jax.jit(jax.value_and_grad(lambda x: jnp.sin(f(x)).sum()),
+                  in_shardings=rows, out_shardings=(None, rows))
+    compiled = run.lower(x).compile()
+    value, gradient = compiled(jax.device_put(x, rows))
+  assert not re.search(r"\[16,4,\d+", compiled.as_text())
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-6)

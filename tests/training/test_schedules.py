@@ -121,10 +121,10 @@ def test_stages_that_are_none(peaks, boundaries, message):
 def test_the_factor_that_a_config_names():
   def factor(**keys):
     return schedules.penalty_factor(PenaltyConfig(**keys))
-  assert factor(schedule="none", factor=0.5)(3) == 0
+  assert factor(schedule="none")(3) == 0
   assert factor(schedule="constant", factor=0.5)(3) == 0.5
   assert factor(schedule="controller", factor=0.5) is None
-  progressive = factor(schedule="progressive", factor=7.0, peaks=PEAKS,
+  progressive = factor(schedule="progressive", peaks=PEAKS,
                        boundaries=BOUNDARIES)
   assert float(progressive(4)) == 0.5 and float(progressive(12)) == (
       pytest.approx(0.75))

@@ -518,7 +518,7 @@ def test_without_a_penalty_nothing_more_is_measured(make_config):
 
 
 @pytest.mark.parametrize("keys, first, second", [
-    (dict(schedule="none", factor=0.5), 0.0, 0.0),
+    (dict(schedule="none"), 0.0, 0.0),
     (dict(schedule="constant", factor=0.5), 0.5, 0.5),
     (dict(schedule="progressive", factor=9.0, peaks=(0.25, 0.5),
           boundaries=(1, 4)), 0.25, 0.5),

@@ -69,7 +69,8 @@ def test_a_run_starts_from_the_parameters_of_a_checkpoint(
       "training.penalty.factor": 0.125})
   trainer, lines = start(config, tmp_path / "run")
   trainer.close()
-  assert lines == [f"starting from {folder}, step {step}"]
+  assert lines == [f"starting from {folder}, step {step}; the data go on from "
+                   "there"]
   jax.tree.map(np.testing.assert_array_equal, trainer.state.params,
                params[step])
   fresh = program.create_state(config, trainer.mesh)
@@ -77,6 +78,22 @@ def test_a_run_starts_from_the_parameters_of_a_checkpoint(
   jax.tree.map(np.testing.assert_array_equal, trainer.state,
                dataclasses.replace(fresh, params=trainer.state.params))
   jax.tree.map(assert_same_sharding, trainer.state, fresh)
+
+
+@pytest.mark.parametrize("changes", [
+    {"training.seed": 5}, {"training.batch_size": 16},
+    {"data.shuffle_window": 9}])
+def test_other_data_start_at_their_beginning(source, make_config, tmp_path,
+                                             changes):
+  config = make_config(**{"training.start_from": str(source[0]), **changes})
+  trainer, lines = start(config, tmp_path / "run")
+  first = next(trainer.batches)
+  trainer.close()
+  assert lines[0].endswith("its data are others, these start at their beginning")
+  fresh = iter(trainer.corpus.train())
+  np.testing.assert_array_equal(first["tokens_BxL"],
+                                next(fresh)["tokens_BxL"])
+  fresh.close()
 
 
 def assert_same_sharding(a, b):
@@ -158,5 +175,5 @@ def test_a_damaged_step_to_start_from(source, make_config, tmp_path):
   trainer, lines = start(make_config(**keys), tmp_path / "run")
   trainer.close()
   assert lines[0].startswith("warning: ") and lines[1:] == [
-      f"starting from {folder}, step 3"]
+      f"starting from {folder}, step 3; the data go on from there"]
   assert (folder / "checkpoints" / "7").is_dir()  # It is not ours to move.

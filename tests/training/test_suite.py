@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 from sparse_lm import config as config_lib
 from sparse_lm import flops
 from sparse_lm.analysis import comparison
+from sparse_lm.data import pipeline
 from sparse_lm.errors import UserError
-from sparse_lm.training import loop, metrics, suite as suite_lib, workdir
+from sparse_lm.training import (checkpoint, loop, metrics, suite as suite_lib,
+                                workdir)
 from sparse_lm.training.suite import Method, Suite
 
 
@@ -21,7 +25,8 @@ def suite(tiny_config):
            "training.num_steps": 6,
            "training.eval_every": 6, "training.checkpoint_every": 3}
   half = dense | {"model.ffn.activation": "relu", "training.start_step": 3,
-                  "training.num_steps": 3, "training.eval_every": 3}
+                  "training.start_from": "dense", "training.num_steps": 3,
+                  "training.eval_every": 3}
   return Suite("mini", (
       Method("dense", "SwiGLU", tiny_config(**dense)),
       Method("relu", "ReLU half way", tiny_config(**half), start="dense"),
@@ -54,7 +59,7 @@ def test_the_runs_are_those_of_the_configs(suite, finished):
 
 def test_results(suite, finished):
   root, _ = finished
-  results = suite_lib.collect(suite, root, [0, 1])
+  results = suite_lib.collect(suite, root)
   assert json.loads(json.dumps(results)) == results
   dense, relu, shifted = results["methods"]
   assert dense["changes"] == {} and set(dense["runs"]) == {"0", "1"}
@@ -96,7 +101,7 @@ def test_stopped_anywhere_it_ends_the_same(suite, finished, tmp_path,
   monkeypatch.setattr(loop.StopSignal, "asked", stop)
   with pytest.raises(loop.Stopped):
     suite_lib.run(part, tmp_path, [0], lambda line: None)
-  partial = suite_lib.collect(suite, tmp_path, [0])
+  partial = suite_lib.collect(suite, tmp_path)
   assert [bool(m["runs"]) for m in partial["methods"]] == [True, False, False]
   monkeypatch.setattr(loop.StopSignal, "asked", asked)
   suite_lib.run(part, tmp_path, [0], lambda line: None)
@@ -104,6 +109,92 @@ def test_stopped_anywhere_it_ends_the_same(suite, finished, tmp_path,
     a, b = (suite_lib.final_evaluation(suite_lib.folder(r, name, 0))
             for r in (root, tmp_path))
     assert a["loss"] == b["loss"], name
+
+
+def test_a_continued_run_goes_on_with_the_data(suite, finished):
+  """Its first batch is the one after those that its start was trained on."""
+  root, lines = finished
+  relu = workdir.read_config(root / "relu-seed0")
+  assert any("the data go on from there" in line for line in lines)
+  corpus = pipeline.open_corpus(relu)
+  source = iter(corpus.train())
+  for _ in range(relu.training.start_step):
+    next(source)
+  continued, fresh = iter(corpus.train()), iter(corpus.train())
+  checkpoint.restore_data(root / "dense-seed0", relu.training.start_step,
+                          continued)
+  expected, again = next(source), next(fresh)
+  np.testing.assert_array_equal(next(continued)["tokens_BxL"],
+                                expected["tokens_BxL"])
+  assert (again["tokens_BxL"] != expected["tokens_BxL"]).any()
+  for iterator in (source, continued, fresh):
+    iterator.close()
+
+
+def test_what_others_start_from_is_kept(suite, tmp_path, monkeypatch):
+  """Stopped after the step that another method starts from, then finished."""
+  part, asked = suite.part(["relu"], lambda config: config_lib.replace(
+      config, **{"training.keep_checkpoints": 1,
+                 "training.checkpoint_every": 2})), loop.StopSignal.asked
+  monkeypatch.setattr(loop.StopSignal, "asked",
+                      lambda self, step: "SIGTERM" if step == 5 else "")
+  with pytest.raises(loop.Stopped):
+    suite_lib.run(part, tmp_path, [0], lambda line: None)
+  monkeypatch.setattr(loop.StopSignal, "asked", asked)
+  assert not suite_lib.run(part, tmp_path, [0], lambda line: None)
+  assert checkpoint.is_saved(tmp_path / "dense-seed0", 3)
+  assert not checkpoint.is_saved(tmp_path / "dense-seed0", 4)
+
+
+def test_a_run_without_its_last_checkpoint_is_not_finished(suite, finished,
+                                                           tmp_path):
+  root, _ = finished
+  shutil.copytree(root / "dense-seed1", tmp_path / "dense-seed1")
+  assert suite_lib.final_evaluation(tmp_path / "dense-seed1")
+  shutil.rmtree(tmp_path / "dense-seed1" / "checkpoints" / "6")
+  assert suite_lib.final_evaluation(tmp_path / "dense-seed1") is None
+
+
+def test_a_run_that_fails_does_not_keep_others_from_being_trained(
+    suite, finished, tmp_path):
+  root, _ = finished
+  shutil.copytree(root / "dense-seed0", tmp_path / "dense-seed0")
+  source = tmp_path / "dense-seed0" / "checkpoints" / "3" / "params"
+  shutil.rmtree(source)
+  failed = suite_lib.run(suite, tmp_path, [0], lambda line: None)
+  assert len(failed) == 2
+  assert failed[0].startswith("ReLU half way, seed 0: config.training.start_")
+  assert failed[1].startswith("shifted, seed 0: --workdir=")
+
+
+def test_what_cannot_work_is_refused_before_any_training(suite, tmp_path):
+  wide = config_lib.replace(suite.methods[1].config,
+                            **{"model.ffn.num_neurons": 96})
+  methods = (suite.methods[0], dataclasses.replace(suite.methods[1],
+                                                   config=wide))
+  with pytest.raises(UserError, match="start_from: dense has blocks.ffn"):
+    suite_lib.run(dataclasses.replace(suite, methods=methods), tmp_path, [0],
+                  lambda line: None)
+  assert not list(tmp_path.glob("*/config.json"))
+  with pytest.raises(UserError, match="num_steps: cannot be overridden, since "
+                     "relu starts"):
+    suite.part([], lambda config: config_lib.replace(
+        config, **{"training.num_steps": 9}))
+
+
+def test_one_process_trains_in_a_folder(suite, tmp_path):
+  config = suite.methods[0].config
+  workdir.check(tmp_path, config)
+  with workdir.locked(tmp_path):
+    with pytest.raises(UserError, match="another process is training there"):
+      loop.train(config, tmp_path, lambda line: None)
+
+
+def test_other_thresholds_are_another_comparison(suite, finished):
+  root, _ = finished
+  other = dataclasses.replace(suite, thresholds=(0.3,))
+  with pytest.raises(UserError, match="was made with other thresholds"):
+    suite_lib.run(other, root, [0], lambda line: None)
 
 
 def test_other_configs_in_the_same_workdir_are_refused(suite, finished):
@@ -132,17 +223,17 @@ def test_a_suite_out_of_order_is_refused(suite):
 
 def test_the_table_and_the_figure(suite, finished, tmp_path):
   root, _ = finished
-  results = suite_lib.collect(suite, root, [0, 1])
+  results = suite_lib.collect(suite, root)
   paths = comparison.write(results, tmp_path / "results")
   assert [path.name for path in paths] == ["mini.json", "mini.md", "mini.png"]
   text = paths[1].read_text()
   for part in ("| SwiGLU |", "union of 8", "never fire", "seeds of one method "
-               "differ by up to", "ReLU half way"):
+               "differ by up to", "measured on SwiGLU", "ReLU half way"):
     assert part in text
   assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_a_finished_run_there_is_a_file_and_no_table(suite, tmp_path):
-  results = suite_lib.collect(suite, tmp_path / "nothing", [0])
+  results = suite_lib.collect(suite, tmp_path / "nothing")
   paths = comparison.write(results, tmp_path)
   assert [path.name for path in paths] == ["mini.json"]

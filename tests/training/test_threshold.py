@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -80,7 +81,7 @@ def test_choosing(tolerance, expected):
 
 def test_bad_input(trained, swept, tiny_config, tmp_path):
   output, _ = swept
-  with pytest.raises(UserError, match="--output=.*holds a run already"):
+  with pytest.raises(UserError, match="--output=.*exists already"):
     threshold.sweep(trained, output, THRESHOLDS, 0.05, None, quiet)
   with pytest.raises(UserError, match="holds no run"):
     threshold.sweep(tmp_path, tmp_path / "x", THRESHOLDS, 0.05, None, quiet)
@@ -91,6 +92,43 @@ def test_bad_input(trained, swept, tiny_config, tmp_path):
   with pytest.raises(UserError, match="model.ffn.activation: only relu .* "
                      "this run has gelu"):
     threshold.sweep(spark, tmp_path / "x", THRESHOLDS, 0.05, None, quiet)
+
+
+def test_a_shifted_run_is_shifted_from_where_it_is(swept, tmp_path):
+  """Its own threshold is the baseline, and the smallest candidate."""
+  output, chosen = swept
+  again = threshold.sweep(output, tmp_path / "again", (0.0, 1e-3, 1e6), 0.05,
+                          None, quiet)
+  rows = json.loads((tmp_path / "again" / threshold.FILE).read_text())
+  assert [row["threshold"] for row in rows["candidates"]] == [
+      chosen["threshold"], 1e6]
+  assert again["loss"] == pytest.approx(chosen["loss"], rel=1e-6)
+
+
+def test_half_a_run_is_not_left(trained, tmp_path, monkeypatch):
+  def fail(*unused):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(threshold.workdir, "record", fail)
+  with pytest.raises(KeyboardInterrupt):
+    threshold.sweep(trained, tmp_path / "x", (), 0.05, None, quiet)
+  assert not (tmp_path / "x").exists()
+  monkeypatch.undo()
+  assert threshold.sweep(trained, tmp_path / "x", (), 0.05, None, quiet)
+  assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_unfinished_run_is_refused(trained, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(trained, copy)
+  (copy / "checkpoints" / "4").rename(copy / "checkpoints" / "3")
+  with pytest.raises(UserError, match="its run is not finished"):
+    threshold.sweep(copy, tmp_path / "x", (), 0.05, None, quiet)
+
+
+def test_a_loss_that_is_no_number_is_refused():
+  with pytest.raises(UserError, match="not a finite number"):
+    threshold.choose([dict(threshold=0.0, perplexity=float("nan"))], 0.1)
 
 
 def test_no_validation_data(trained, tmp_path, monkeypatch):
