@@ -62,6 +62,11 @@ def _projections(config: ModelConfig, inputs: float = 1.0,
           * (heads + a.num_query_heads * mixed))
 
 
+def inputs_kept(config: ModelConfig) -> float:
+  """The fraction of their inputs that the blocks' linear maps see."""
+  return config.linear_inputs.num_active(config.model_dim) / config.model_dim
+
+
 def _logits(config: ModelConfig) -> float:
   return 2 * config.model_dim * config.vocab_size
 
@@ -115,7 +120,7 @@ def executed_flops(config: ModelConfig,
       config.ffn.num_neurons)) if nonzero_hidden_N is None
              else np.asarray(nonzero_hidden_N))
   gate_dim, up_dim = config.ffn.input_dims(dim)
-  inputs = config.linear_inputs.num_active(dim) / dim
+  inputs = inputs_kept(config)
   ffn = (2 * gate_dim * inputs * config.ffn.num_neurons * config.num_layers
          + 2 * up_dim * inputs * active.sum() + 2 * dim * nonzero.sum())
   width = a.num_query_heads * a.head_dim

@@ -90,9 +90,9 @@ def _gap_cell(method: dict[str, Any], base: dict[str, Any],
 
 def _kept_cell(method: dict[str, Any]) -> str:
   """What the top-k keeps: of the neurons, or of each linear map's input."""
-  kept, changes = _mean(method, "kept_fraction"), method["changes"]
-  if changes.get("model.linear_inputs.sparsifier", "none") != "none":
-    return f"{changes['model.linear_inputs.active_fraction']:.0%} of inputs"
+  kept, inputs = _mean(method, "kept_fraction"), _mean(method, "inputs_kept")
+  if inputs < 1:
+    return f"{inputs:.0%} of inputs"
   return f"{kept:.1%}" if kept < 1 else ""
 
 

@@ -246,6 +246,7 @@ def _result(target: pathlib.Path, evaluation: dict[str, Any]) -> dict[str, Any]:
   executed = flops.measured_flops(config.model, evaluation)
   return dict(evaluation, **_training_time(target, config),
               threshold=config.model.ffn.threshold,
+              inputs_kept=flops.inputs_kept(config.model),
               hardware=json.loads((target / workdir.HARDWARE).read_text()),
               executed_flops=dict(vars(executed), total=executed.total),
               dense_flops=dict(vars(dense), total=dense.total),
@@ -259,10 +260,10 @@ def collect(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
     `suite`, and `methods`: for each its name, label, the keys in which its
     config differs from the first method's, and `runs`: by seed, the last
     evaluation (see `metrics.summarize`), `parameters`, `non_embedding`
-    (parameters), `training_tokens`, `tokens_per_second`, `training_seconds`,
+    (parameters), `inputs_kept` (of a linear map's), `training_tokens`, `tokens_per_second`, `training_seconds`,
     `hardware`, `executed_flops` and `dense_flops` per token.
   """
-  base = config_lib.flatten(suite.methods[0].config)
+  base = suite.methods[0].config
   rows = []
   for method in suite.methods:
     runs = {}
@@ -273,9 +274,12 @@ def collect(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
         runs[seed] = dict(
             _result(target, evaluation),
             training_tokens=_tokens(suite, root, method.name, seed))
-    changes = {key: value for key, value
-               in config_lib.flatten(method.config).items()
-               if base[key] != value}
+    # As it was trained, which may not be as the suite has it by now.
+    config = (workdir.read_config(folder(root, method.name, min(runs)))
+              if runs else method.config)
+    values = config_lib.flatten(config)
+    changes = {key: values[key] for key in config_lib.differences(base, config)
+               if key != "training.seed"}
     rows.append(dict(name=method.name, label=method.label, changes=changes,
                      runs=runs))
   return dict(suite=suite.name, methods=rows)
