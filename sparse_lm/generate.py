@@ -70,8 +70,10 @@ def main(argv: Sequence[str]) -> None:
   pieces = stream_text(decoder, tokenizer, prompt, args.max_new_tokens,
                        sampler, args.seed)
   if args.json:
-    print(json.dumps(dict(prompt=prompt, completion="".join(pieces), step=step,
-                          **decoder.sparsity())))
+    print(json.dumps(dict(
+        prompt=prompt, completion="".join(pieces), step=step,
+        ffn_implementations=decoder.ffn_implementations,
+        **decoder.sparsity())))
     return
   first = next(pieces)  # Refuses a prompt that does not fit.
   print(prompt + first, end="", flush=True)

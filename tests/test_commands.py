@@ -116,6 +116,8 @@ def test_generate(call, tiny_run):
       call("generate", *flags, "--prompt=-", "--json", stdin="the ").stdout)
   assert "the " + whole["completion"] + "\n" == streamed.stdout
   assert 0.05 < whole["active_fraction"] < 0.2
+  # Not computed whole and masked: inactive neurons are skipped in every layer.
+  assert whole["ffn_implementations"] == ["xla", "xla"]
   drawn = [call("generate", *flags[:2], "--temperature=1", "--top_k=9",
                 f"--seed={seed}", "--prompt=the ").stdout for seed in (1, 1, 2)]
   assert drawn[0] == drawn[1] != drawn[2]

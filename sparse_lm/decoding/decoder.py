@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.config import ModelConfig
+from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
+from sparse_lm.model import activity
 from sparse_lm.model.cache import empty_cache
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
 
@@ -24,14 +26,33 @@ def _bucket(length: int, limit: int) -> int:
 class Decoder:
   """A model laid out for decoding.
 
-  The parameters are laid out once, here: one block a layer, in the type that
-  the model computes in.
+  The parameters are laid out once, here: one block a layer, neuron-major where
+  inactive neurons are skipped, in the type that the model computes in.
+
+  Attributes:
+    ffn_implementations: of each layer: "dense", or the kernel that skips its
+      inactive neurons.
+    statistics: of the newest `generate`.
   """
 
-  def __init__(self, config: ModelConfig, params: Any):
-    """Args are the model's config and its parameters as training has them."""
+  def __init__(self, config: ModelConfig, params: Any, *,
+               skip_inactive: bool = True):
+    """Lays out a model's parameters.
+
+    Args:
+      config: the model's.
+      params: as training has them.
+      skip_inactive: False computes every neuron, to compare with.
+    """
     model = unstack(nnx.merge(model_graph(config), params))
     self.config = config
+    self.ffn_implementations = []
+    for block, sparse in zip(model.blocks, config.sparse_layers):
+      implementation = "dense"
+      if skip_inactive and can_skip(block.ffn, sparse):
+        implementation = "xla"
+        block.ffn = NeuronMajorFFN(block.ffn, sparse, implementation)
+      self.ffn_implementations.append(implementation)
     self.statistics: Statistics | None = None  # of the newest `generate`
     self._dtype = model.dtype
     graph, params = nnx.split(model)
@@ -60,8 +81,8 @@ class Decoder:
     """
     positions_BxL = start_B[:, None] + jnp.arange(tokens_BxL.shape[1])
     model = nnx.merge(graph, params)
-    x_BxLxD, statistics, cache = model.hidden(tokens_BxL, positions_BxL,
-                                              cache=cache)
+    x_BxLxD, statistics, cache = model.hidden(
+        tokens_BxL, positions_BxL, cache=cache, measures=activity.DECODING)
     last_Bx1xD = jnp.take_along_axis(x_BxLxD, last_B[:, None, None], axis=1)
     logits_BxV = model.unembed(last_Bx1xD)[:, 0]
     return sampler(logits_BxV, key), cache, statistics

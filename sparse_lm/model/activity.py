@@ -28,6 +28,8 @@ import jax.numpy as jnp
 
 # Of every step: the loss of a decoder that skips what it can depends on them.
 COUNTS = ("active_neurons", "nonzero_hidden")
+# Of a decoding step.
+DECODING = ("active_neurons",)
 # Of an evaluation.
 REPORT = (*COUNTS, "positive_gates", "kept_gates", "fired", "l1", "union_8",
           "union_32")
@@ -45,6 +47,40 @@ class Activity:
   hidden_BxLxF: jax.Array  # the intermediate output, down's input
   # Above 0 where a neuron is active: the gate less the activation's threshold.
   margin_BxLxF: jax.Array
+
+  def measure(self, names: Sequence[str], counted_BxL: jax.Array,
+              segments_BxL: jax.Array | None) -> dict[str, jax.Array]:
+    """The named measures of the layer, float32.
+
+    Args:
+      names: as in the table above.
+      counted_BxL: True for the tokens that count.
+      segments_BxL: which document each token is of; None: one a row.
+    """
+    sums = {}
+    for name in names:
+      if name in _MEASURES:
+        sums[name] = _MEASURES[name](self, counted_BxL, segments_BxL)
+      else:
+        kind, length = name.rsplit("_", 1)
+        sums[name] = _OF_CHUNKS[kind](self, counted_BxL, segments_BxL,
+                                      length=int(length))
+    return sums
+
+
+@dataclasses.dataclass(frozen=True)
+class ActiveCount:
+  """What is known of a layer whose inactive neurons were never computed."""
+
+  active_BxL: jax.Array  # how many of each token's activations are not 0
+
+  def measure(self, names: Sequence[str], counted_BxL: jax.Array,
+              segments_BxL: jax.Array | None) -> dict[str, jax.Array]:
+    """As `Activity.measure`; of the measures `active_neurons` alone."""
+    del segments_BxL
+    assert tuple(names) == DECODING, names
+    return {"active_neurons": self.active_BxL.sum(where=counted_BxL,
+                                                  dtype=jnp.float32)}
 
 
 def _count(active_BxLxF: jax.Array, counted_BxL: jax.Array) -> jax.Array:
@@ -135,23 +171,3 @@ _MEASURES: dict[str, Callable] = {
                             kept_gates, fired, l1, adjacent)}
 _OF_CHUNKS: dict[str, Callable] = {"union": union, "chunk": chunk}
 
-
-def measure(names: Sequence[str], activity: Activity, counted_BxL: jax.Array,
-            segments_BxL: jax.Array | None) -> dict[str, jax.Array]:
-  """The named measures of one layer, float32.
-
-  Args:
-    names: as in the table above.
-    activity: the layer's.
-    counted_BxL: True for the tokens that count.
-    segments_BxL: which document each token is of; None: one a row.
-  """
-  sums = {}
-  for name in names:
-    if name in _MEASURES:
-      sums[name] = _MEASURES[name](activity, counted_BxL, segments_BxL)
-    else:
-      kind, length = name.rsplit("_", 1)
-      sums[name] = _OF_CHUNKS[kind](activity, counted_BxL, segments_BxL,
-                                    length=int(length))
-  return sums

@@ -60,6 +60,18 @@ class FFN(nnx.Module):
       self.up_DxF = normal_param(rngs, (up_dim, neurons), up_dim)
     self.down_FxD = normal_param(rngs, (neurons, model_dim), neurons)
 
+  def split_input(self, x_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the gate reads, and what `up` reads."""
+    x_BxLxD = sparsify.sparsify_input(x_BxLxD, self.inputs)
+    if self.config.shape == "spark":
+      x_gate, x_up = jnp.split(x_BxLxD, [self.config.predictor_dim], axis=-1)
+      return x_gate, x_up
+    return x_BxLxD, x_BxLxD
+
+  def project_up(self, x_up_BxLxD: jax.Array) -> jax.Array:
+    """The branch without the gate (B, L, F), before its activation."""
+    return project(x_up_BxLxD, self.up_DxF[...])
+
   def hidden(self, x_BxLxD: jax.Array,
              sparse: bool | jax.Array = True) -> Activity:
     """Everything up to down's input, `Activity.hidden_BxLxF`.
@@ -68,14 +80,12 @@ class FFN(nnx.Module):
       x_BxLxD: the layer's input.
       sparse: whether the sparsifier is on; an array in a scan over layers.
     """
-    x_gate = x_up = sparsify.sparsify_input(x_BxLxD, self.inputs)
-    if self.config.shape == "spark":
-      x_gate, x_up = jnp.split(x_gate, [self.config.predictor_dim], axis=-1)
+    x_gate, x_up = self.split_input(x_BxLxD)
     score_BxLxF = constrain(project(x_gate, self.gate_DxF[...]), "BxLxF")
     gate_BxLxF = _apply_where(sparse, score_BxLxF, self.config)
     activation_BxLxF = h_BxLxF = self.activation(gate_BxLxF)
     if self.config.shape != "plain":
-      h_BxLxF = h_BxLxF * self.up_activation(project(x_up, self.up_DxF[...]))
+      h_BxLxF = h_BxLxF * self.up_activation(self.project_up(x_up))
     margin_BxLxF = score_BxLxF
     if self.config.activation in WITH_THRESHOLD:
       margin_BxLxF = score_BxLxF - self.config.threshold

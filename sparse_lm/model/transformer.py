@@ -81,7 +81,7 @@ class Block(nnx.Module):
     keys = dict(attended_keys=attended_BxL, visible_keys=visible_BxL)
     sums = {name: x.sum(where=counted_BxL, dtype=jnp.float32)
             for name, x in keys.items()}
-    sums |= activity.measure(measures, neurons, counted_BxL, segments_BxL)
+    sums |= neurons.measure(measures, counted_BxL, segments_BxL)
     return x_BxLxD, sums, cache
 
 

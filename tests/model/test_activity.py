@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from sparse_lm.model.activity import REPORT, Activity, measure
+from sparse_lm.model.activity import REPORT, Activity
 
 B, L, F = 3, 11, 6  # No chunk below but that of 11 divides L.
 NAMES = (*REPORT, "adjacent", "union_1", "union_3", "union_11", "chunk_4",
@@ -88,8 +88,8 @@ def brute_force(name, activity, counted, segments):
 @jax.jit
 def measure_all(arrays):
   """All names in one compilation, of activations with padding."""
-  return measure(NAMES, Activity(**arrays), jnp.array(SEGMENTS > 0),
-                 jnp.array(SEGMENTS))
+  return Activity(**arrays).measure(NAMES, jnp.array(SEGMENTS > 0),
+                                    jnp.array(SEGMENTS))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_padding_does_not_count(measured):
 @pytest.mark.parametrize("name", ["adjacent", "nonzero_hidden", "union_8"])
 def test_no_segments_are_one_document_a_row(name):
   activity, counted = make(), SEGMENTS > 0
-  value = measure([name], activity, jnp.array(counted), None)[name]
+  value = activity.measure([name], jnp.array(counted), None)[name]
   np.testing.assert_allclose(
       value, brute_force(name, activity, counted, np.ones((B, L))), rtol=2e-6)
 
@@ -153,7 +153,7 @@ def test_gradient_of_adjacent_is_of_both_sides():
 
   def f(margin):
     activity = Activity(margin, margin, margin, margin)
-    return measure(["adjacent"], activity, counted, None)["adjacent"]
+    return activity.measure(["adjacent"], counted, None)["adjacent"]
 
   def f64(margin):
     return sum(cross_entropy(100 * margin[0, t - 1], 100 * margin[0, t]).mean()
@@ -171,7 +171,7 @@ def test_gradient_of_chunk():
 
   def f(x):
     activity = Activity(x, x, x, x)
-    return measure(["chunk_4"], activity, jnp.array(counted), None)["chunk_4"]
+    return activity.measure(["chunk_4"], jnp.array(counted), None)["chunk_4"]
 
   def f64(x):
     p = np.abs(x[0]) / (np.abs(x[0]).sum(-1, keepdims=True) + 1e-5)

@@ -1,0 +1,91 @@
+"""Layers laid out for decoding: they skip, and change nothing."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.config import (AttentionConfig, FFNConfig, LinearInputsConfig,
+                              ModelConfig)
+from sparse_lm.decoding import Decoder, Greedy
+from sparse_lm.decoding.layers import NeuronMajorFFN
+from sparse_lm.model import Transformer
+from sparse_lm.model.ffn import FFN
+
+CONFIG = ModelConfig(
+    vocab_size=50, context_length=48, num_layers=2, model_dim=32,
+    ffn=FFNConfig(num_neurons=64, predictor_dim=16, active_fraction=0.1),
+    attention=AttentionConfig(shape="dense", num_query_heads=4, num_kv_heads=2,
+                              head_dim=8))
+GATED = {"shape": "gated", "num_neurons": 64}
+FFNS = {
+    "spark": CONFIG.ffn,
+    "reglu": FFNConfig(**GATED, sparsifier="none", activation="relu"),
+    "drelu": FFNConfig(**GATED, sparsifier="none", activation="relu",
+                       up_activation="relu"),
+    "plain": FFNConfig(shape="plain", num_neurons=64, sparsifier="none",
+                       activation="relu2"),
+    "gemma3n": FFNConfig(**GATED, active_fraction=0.1, sparse_layers="0"),
+    "moc": FFNConfig(**GATED, sparsifier="block_topk", active_fraction=0.125,
+                     activation="silu"),
+    "geglu": FFNConfig(**GATED, sparsifier="none"),
+}
+PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(10, 31))]  # ragged
+
+
+def params_of(config):
+  return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("spark", ["xla", "xla"]), ("reglu", ["xla", "xla"]),
+    ("drelu", ["xla", "xla"]), ("plain", ["xla", "xla"]),
+    ("moc", ["xla", "xla"]), ("gemma3n", ["xla", "dense"]),
+    ("geglu", ["dense", "dense"])])
+def test_skipping_changes_nothing(name, expected):
+  config = dataclasses.replace(CONFIG, ffn=FFNS[name])
+  params = params_of(config)
+  tokens = []
+  for skip in (True, False):
+    decoder = Decoder(config, params, skip_inactive=skip)
+    assert decoder.ffn_implementations == (expected if skip
+                                           else ["dense", "dense"])
+    drawn = decoder.generate(PROMPTS, 12, Greedy(), jax.random.key(0))
+    tokens.append((np.array(list(drawn)), decoder.sparsity()))
+  np.testing.assert_array_equal(tokens[0][0], tokens[1][0])
+  assert tokens[0][1] == pytest.approx(tokens[1][1], rel=1e-3)
+
+
+def test_sparse_inputs_are_computed_whole():
+  config = dataclasses.replace(
+      CONFIG, ffn=FFNS["reglu"],
+      linear_inputs=LinearInputsConfig(sparsifier="topk"))
+  decoder = Decoder(config, params_of(config))
+  assert decoder.ffn_implementations == ["dense", "dense"]
+
+
+@pytest.mark.parametrize("name", ["spark", "reglu", "drelu", "plain", "moc"])
+def test_one_token_reads_the_rows_of_active_neurons_alone(name):
+  """NaN in all other rows does not show; with many tokens it does."""
+  ffn = FFN(FFNS[name], LinearInputsConfig(), 32, nnx.Rngs(1))
+  x = jax.random.normal(jax.random.key(2), (1, 1, 32))
+  expected, activity = ffn(x)
+  if name in ("reglu", "drelu", "plain"):
+    # Half are active, too many to be streamed: move all scores down alike.
+    high = jnp.quantile(activity.gate_BxLxF, 0.85)
+    ffn.gate_DxF[...] -= high * x[0, 0][:, None] / jnp.square(x).sum()
+    expected, activity = ffn(x)
+  idle_F = activity.activation_BxLxF[0, 0] == 0
+  assert 48 < idle_F.sum() < 64
+  layer = NeuronMajorFFN(ffn, True, "xla")
+  for weights in ("up_FxD", "down_FxD"):
+    if hasattr(layer, weights):
+      rows = getattr(layer, weights)
+      rows[...] = jnp.where(idle_F[:, None], jnp.nan, rows[...])
+  y, count = layer(x)
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+  assert count.active_BxL[0, 0] == 64 - idle_F.sum()
+  assert np.isnan(layer(jnp.repeat(x, 2, axis=1))[0]).all()

@@ -1,0 +1,128 @@
+"""The sparse feed-forward kernel against float64, and what it reads."""
+
+import functools
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS, sparse_ffn
+
+R, U, F, D = 6, 10, 48, 16
+
+
+def select_above(threshold, scores):
+  """ReLU's survivors above a threshold."""
+  return jnp.where(scores > threshold, scores, 0)
+
+
+def make(batch, seed=0, dtype=jnp.float32, plain=False):
+  rng = np.random.default_rng(seed)
+
+  def draw(*shape):
+    return jnp.array(rng.normal(size=shape), dtype)
+
+  return (draw(batch, R), None if plain else draw(batch, U), draw(R, F),
+          None if plain else draw(F, U), draw(F, D))
+
+
+def formula(arrays, threshold, up_activation=lambda x: x):
+  x_gate, x_up, gate, up, down = (
+      None if a is None else np.asarray(a, np.float64) for a in arrays)
+  scores = x_gate @ gate
+  hidden = np.where(scores > threshold, scores, 0)
+  active = (hidden != 0).sum(-1)
+  if up is not None:
+    hidden = hidden * up_activation(x_up @ up.T)
+  return hidden @ down, active
+
+
+@functools.partial(jax.jit, static_argnums=(2,), static_argnames="plain")
+def run(arrays, threshold, implementation, plain=False):
+  del plain
+  return sparse_ffn(*arrays, select=functools.partial(select_above, threshold),
+                    implementation=implementation)
+
+
+@hypothesis.given(
+    batch=st.sampled_from([1, 3, 8]), seed=st.integers(0, 99),
+    # From all active to none: both ways of the streaming one are taken.
+    threshold=st.sampled_from([-1e9, -1.0, 0.0, 2.0, 5.0, 1e9]),
+    implementation=st.sampled_from(list(IMPLEMENTATIONS)),
+    plain=st.booleans())
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_against_the_formula(batch, seed, threshold, implementation, plain):
+  arrays = make(batch, seed, plain=plain)
+  y, active = run(arrays, threshold, implementation)
+  expected, count = formula(arrays, threshold)
+  np.testing.assert_allclose(y, expected, atol=1e-4)
+  np.testing.assert_array_equal(active, count)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_other_branch_may_have_an_activation(implementation):
+  arrays = make(2)
+  y, _ = sparse_ffn(*arrays, select=functools.partial(select_above, 2.0),
+                    up_activation=jax.nn.relu, implementation=implementation)
+  expected, _ = formula(arrays, 2.0, lambda x: np.maximum(x, 0))
+  np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_is_summed_in_float32(implementation):
+  arrays = make(2, dtype=jnp.bfloat16)
+  y, _ = run(arrays, 2.0, implementation)
+  assert y.dtype == jnp.bfloat16
+  expected, _ = formula(arrays, 2.0)
+  error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+  assert error < 6e-3 * np.linalg.norm(expected)
+
+
+def test_rows_of_inactive_neurons_are_not_read():
+  """Whatever stands there: NaN would spread from a row that is multiplied."""
+  arrays = make(2, seed=2)
+  expected, active_B = run(arrays, 3.5, "xla")
+  assert 2 < active_B.sum() < F / 4 and active_B.min() > 0
+  x_gate, x_up, gate, up, down = arrays
+  idle_F = (np.asarray(x_gate @ gate) <= 3.5).all(0)
+  poisoned = (x_gate, x_up, gate, jnp.where(idle_F[:, None], jnp.nan, up),
+              jnp.where(idle_F[:, None], jnp.nan, down))
+  y, _ = run(poisoned, 3.5, "xla")
+  np.testing.assert_array_equal(y, expected)
+
+
+def test_with_most_neurons_active_whole_matrices_are_multiplied():
+  arrays = make(1)
+  idle = int(np.argmin(np.asarray(arrays[0] @ arrays[2])))
+  poisoned = (*arrays[:4], arrays[4].at[idle].set(jnp.nan))
+  lowest = float((arrays[0] @ arrays[2]).min())
+  y, active = run(poisoned, lowest, "xla")
+  assert active[0] == F - 1
+  assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("where", range(5))
+def test_nan_in_nan_out(implementation, where):
+  arrays = list(make(1))
+  arrays[where] = arrays[where].at[(0, 0)].set(jnp.nan)
+  # All are active: whatever holds the NaN is used.
+  y, _ = sparse_ffn(*arrays, select=lambda scores: scores,
+                    implementation=implementation)
+  assert np.isnan(y).any()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(implementation="cuda"), "implementation='cuda' is not one of xla, "),
+    (dict(down_FxD=jnp.zeros((F + 1, D))), r"down_FxD has shape \(49, 16\)"),
+    (dict(up_FxU=jnp.zeros((U, F))), r"up_FxU has shape \(10, 48\), expected"),
+    (dict(gate_RxF=jnp.zeros((R + 1, F))), "gate_RxF has shape"),
+])
+def test_what_does_not_fit_is_refused(change, message):
+  names = ("x_gate_BxR", "x_up_BxU", "gate_RxF", "up_FxU", "down_FxD")
+  arguments = dict(zip(names, make(1)), select=jax.nn.relu) | change
+  with pytest.raises(ValueError, match=message):
+    sparse_ffn(**arguments)
