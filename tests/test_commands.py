@@ -11,6 +11,9 @@ import sys
 import numpy as np
 import pytest
 
+from sparse_lm import compare, shift_threshold
+from sparse_lm.errors import UserError
+
 ROOT = pathlib.Path(__file__).parents[1]
 KILL_AT = pathlib.Path(__file__).parent / "training" / "kill_at.py"
 PROCESS = KILL_AT.with_name("process.py")
@@ -340,26 +343,33 @@ def test_compare_trains_what_is_missing_and_writes_the_results(
               "--max_new_tokens=4").returncode == 0
 
 
-def test_compare_and_shift_threshold_refuse(call, mini_suite, tiny_run,
-                                            tmp_path):
-  at = f"--workdir={tmp_path / 'runs'}"
-  refused(call("compare", "--suite=nowhere.py", at), "--suite=nowhere.py")
-  refused(call("compare", f"--suite={mini_suite}", at, "--only=sparkle"),
-          "--only: 'sparkle'", "spark, reglu")
-  refused(call("compare", f"--suite={mini_suite}", at, "--seeds=0,0"),
-          "--seeds=0,0")
-  refused(call("compare", f"--suite={mini_suite}", at,
-               "--config.training.nun_steps=3"), "config.training.num_steps")
-  refused(call("compare", "--suite=suites.ffn_methods", "--size=huge", at),
-          "'huge' is not one of tiny, small")
-  run = f"--workdir={tiny_run[0]}"
-  out = f"--output={tmp_path / 'out'}"
-  refused(call("shift_threshold", run, out), "model.ffn.activation", "relu")
-  refused(call("shift_threshold", run, out, "--thresholds=low"),
-          "--thresholds=low")
-  refused(call("shift_threshold", run, out, "--thresholds=-1"),
-          "--thresholds=-1")
-  refused(call("shift_threshold", run, out, "--tolerance=-1"), "--tolerance")
+@pytest.mark.parametrize("flags, message", [
+    (["--suite=nowhere.py"], "--suite=nowhere.py:tiny: no such file"),
+    (["--only=sparkle"], "--only: 'sparkle' is not one of spark, reglu"),
+    (["--seeds=0,0"], "--seeds=0,0: must be different"),
+    (["--seeds=a"], "--seeds=a: is not a list"),
+    (["--config.training.nun_steps=3"], "nearest: config.training.num_steps"),
+    (["--suite=suites.ffn_methods", "--size=huge"], "'huge' is not one of tiny"),
+])
+def test_compare_refuses(mini_suite, tmp_path, flags, message):
+  """In this process: `cli.run` makes such an error one line, see above."""
+  with pytest.raises(UserError, match=message):
+    compare.main([f"--suite={mini_suite}", f"--workdir={tmp_path / 'runs'}",
+                  *flags])
+  assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "model.ffn.activation: only relu"),
+    (["--thresholds=low"], "--thresholds=low: is not a list"),
+    (["--thresholds=-1"], "--thresholds=-1: must not be negative"),
+    (["--tolerance=-1"], "--tolerance=-1.0: must not be"),
+    (["--batches=0"], "--batches=0: must be above 0"),
+])
+def test_shift_threshold_refuses(tiny_run, tmp_path, flags, message):
+  with pytest.raises(UserError, match=message):
+    shift_threshold.main([f"--workdir={tiny_run[0]}",
+                          f"--output={tmp_path / 'out'}", *flags])
   assert not (tmp_path / "out").exists()
 
 

@@ -260,8 +260,9 @@ def collect(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
     `suite`, and `methods`: for each its name, label, the keys in which its
     config differs from the first method's, and `runs`: by seed, the last
     evaluation (see `metrics.summarize`), `parameters`, `non_embedding`
-    (parameters), `inputs_kept` (of a linear map's), `training_tokens`, `tokens_per_second`, `training_seconds`,
-    `hardware`, `executed_flops` and `dense_flops` per token.
+    (parameters), `inputs_kept` (of a linear map's), `training_tokens`,
+    `tokens_per_second`, `training_seconds`, `hardware`, `executed_flops` and
+    `dense_flops` per token.
   """
   base = suite.methods[0].config
   rows = []

@@ -76,7 +76,7 @@ def with_ffn(config, **keys):
 def test_sparsifier_in_some_layers():
   """Layer 0 of a model that has it in all, layer 1 of one that has none."""
   configs = (FIRST_ONLY, with_ffn(FIRST_ONLY, sparse_layers="all"),
-             with_ffn(FIRST_ONLY, sparsifier="none"))
+             with_ffn(FIRST_ONLY, sparsifier="none", sparse_layers="all"))
   graphs, params = zip(*[nnx.split(Transformer(config, nnx.Rngs(0)))
                          for config in configs])
   positions = jnp.broadcast_to(jnp.arange(16), (2, 16))

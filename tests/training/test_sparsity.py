@@ -511,6 +511,18 @@ def test_resumed_is_as_uninterrupted(runs):
     assert idle.max() > 4 * 8 * 32
 
 
+@pytest.mark.parametrize("active, bound", [(0.0, 1e-12), (1.0, 1e6)])
+def test_the_controller_stays_where_it_can_return_from(make_config, active,
+                                                       bound):
+  """Out of reach for a thousand steps, the factor is neither 0 nor infinite."""
+  config = make_config(**training("penalty.", schedule="controller",
+                                  factor=0.5))
+  update = jax.jit(lambda state: jax.lax.fori_loop(
+      0, 1000, lambda i, state: sparsity.update(
+          state, i, statistics_of(0, active), config), state))
+  assert float(update(sparsity.init(config)).factor) == pytest.approx(bound)
+
+
 def test_without_a_penalty_nothing_more_is_measured(make_config):
   config = make_config()
   assert sparsity.init(config).factor == 0
@@ -520,8 +532,8 @@ def test_without_a_penalty_nothing_more_is_measured(make_config):
 @pytest.mark.parametrize("keys, first, second", [
     (dict(schedule="none"), 0.0, 0.0),
     (dict(schedule="constant", factor=0.5), 0.5, 0.5),
-    (dict(schedule="progressive", factor=9.0, peaks=(0.25, 0.5),
-          boundaries=(1, 4)), 0.25, 0.5),
+    (dict(schedule="progressive", peaks=(0.25, 0.5), boundaries=(1, 4)), 0.25,
+     0.5),
     (dict(schedule="controller", factor=0.5), 0.5, 0.6)])
 def test_the_first_two_steps_factors(make_config, keys, first, second):
   config = make_config(**training("penalty.", **keys))

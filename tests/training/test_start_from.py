@@ -89,7 +89,7 @@ def test_other_data_start_at_their_beginning(source, make_config, tmp_path,
   trainer, lines = start(config, tmp_path / "run")
   first = next(trainer.batches)
   trainer.close()
-  assert lines[0].endswith("its data are others, these start at their beginning")
+  assert lines[0].endswith("others, these start at their beginning")
   fresh = iter(trainer.corpus.train())
   np.testing.assert_array_equal(first["tokens_BxL"],
                                 next(fresh)["tokens_BxL"])
