@@ -1,4 +1,5 @@
 """A feed-forward layer for a few tokens that reads active neurons alone."""
 
 from sparse_lm.kernels.sparse_ffn.api import IMPLEMENTATIONS as IMPLEMENTATIONS
+from sparse_lm.kernels.sparse_ffn.api import choose as choose
 from sparse_lm.kernels.sparse_ffn.api import sparse_ffn as sparse_ffn

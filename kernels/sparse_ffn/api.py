@@ -12,6 +12,19 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "xla": xla.sparse_ffn, "reference": reference.sparse_ffn}
 
 
+def choose(platform: str) -> str | None:
+  """The implementation that is faster than computing every neuron.
+
+  Args:
+    platform: as `jax.Device.platform` has it.
+
+  Returns:
+    A key of `IMPLEMENTATIONS`; None where there is none yet. On a GPU or TPU
+    the loop over rows would start a program for each of them.
+  """
+  return "xla" if platform == "cpu" else None
+
+
 def _linear(x: jax.Array) -> jax.Array:
   return x
 

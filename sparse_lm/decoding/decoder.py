@@ -13,6 +13,7 @@ from sparse_lm.config import ModelConfig
 from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
+from sparse_lm.kernels.sparse_ffn import choose
 from sparse_lm.model import activity
 from sparse_lm.model.cache import empty_cache
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
@@ -42,17 +43,18 @@ class Decoder:
     Args:
       config: the model's.
       params: as training has them.
-      skip_inactive: False computes every neuron, to compare with.
+      skip_inactive: False computes every neuron, to compare with. So does
+        True where no kernel is faster (see `kernels.sparse_ffn.choose`).
     """
     model = unstack(nnx.merge(model_graph(config), params))
     self.config = config
     self.ffn_implementations = []
+    kernel = choose(jax.default_backend()) if skip_inactive else None
     for block, sparse in zip(model.blocks, config.sparse_layers):
-      implementation = "dense"
-      if skip_inactive and can_skip(block.ffn, sparse):
-        implementation = "xla"
-        block.ffn = NeuronMajorFFN(block.ffn, sparse, implementation)
-      self.ffn_implementations.append(implementation)
+      skips = kernel is not None and can_skip(block.ffn, sparse)
+      if skips:
+        block.ffn = NeuronMajorFFN(block.ffn, sparse, kernel)
+      self.ffn_implementations.append(kernel if skips else "dense")
     self.statistics: Statistics | None = None  # of the newest `generate`
     self._dtype = model.dtype
     graph, params = nnx.split(model)

@@ -16,6 +16,8 @@ from sparse_lm.configs import gemma2_2b, spark_2b
 from sparse_lm.decoding.decoder import Decoder
 from sparse_lm.decoding.layers import NeuronMajorFFN
 from sparse_lm.decoding.samplers import Greedy
+from sparse_lm.errors import UserError
+from sparse_lm.kernels.sparse_ffn import choose
 from sparse_lm.model import Transformer
 from sparse_lm.model.ffn import FFN
 from sparse_lm.model.transformer import compute_dtype
@@ -41,6 +43,15 @@ def read_bandwidth(size: int = 2**28) -> float:
   return size / seconds(lambda: total(x))
 
 
+def _kernel() -> str:
+  platform = jax.default_backend()
+  kernel = choose(platform)
+  if kernel is None:
+    raise UserError(f"no sparse kernel for a {platform} yet: there is nothing "
+                    "to time")
+  return kernel
+
+
 def _device() -> str:
   device = jax.devices()[0]
   return device.device_kind if device.platform != "cpu" else "CPU"
@@ -60,7 +71,7 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype):
   for seed in range(count):
     ffn = FFN(config, LinearInputsConfig(), model_dim, nnx.Rngs(seed))
     graph, state = nnx.split(
-        NeuronMajorFFN(ffn, True, "xla") if skip else ffn)
+        NeuronMajorFFN(ffn, True, _kernel()) if skip else ffn)
     graphs.append(graph)
     states.append(jax.tree.map(lambda x: x.astype(dtype), state))
 
@@ -140,6 +151,7 @@ def _time_model(model: ModelConfig, prompts: Sequence[int],
 def time_decode(num_layers: int, prompts: Sequence[int],
                 steps: int = 24) -> Result:
   """Whole models, batch 1, token by token after prompts of some lengths."""
+  _kernel()
   length = max(prompts) + steps + 2
   pair = {name: dataclasses.replace(
       module.get_config().model, num_layers=num_layers, context_length=length,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS, sparse_ffn
+from sparse_lm.kernels.sparse_ffn import (IMPLEMENTATIONS, choose,
+                                          sparse_ffn)
 
 R, U, F, D = 6, 10, 48, 16
 
@@ -126,3 +127,8 @@ def test_what_does_not_fit_is_refused(change, message):
   arguments = dict(zip(names, make(1)), select=jax.nn.relu) | change
   with pytest.raises(ValueError, match=message):
     sparse_ffn(**arguments)
+
+
+def test_the_loop_over_rows_is_for_cpus():
+  assert choose("cpu") in IMPLEMENTATIONS
+  assert choose("gpu") is None and choose("tpu") is None
