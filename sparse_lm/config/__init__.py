@@ -16,8 +16,9 @@ import typing
 from typing import Any
 
 from sparse_lm.config.checks import check
-from sparse_lm.config.model import (ACTIVATIONS, RELU_FAMILY, AttentionConfig,
-                                    FFNConfig, LinearInputsConfig, ModelConfig)
+from sparse_lm.config.model import (ACTIVATIONS, RELU_FAMILY, WITH_THRESHOLD,
+                                    AttentionConfig, FFNConfig,
+                                    LinearInputsConfig, ModelConfig)
 from sparse_lm.config.training import (DataConfig, DeadNeuronsConfig,
                                        MeshConfig, OptimizerConfig,
                                        PenaltyConfig, SampleConfig,
@@ -28,7 +29,7 @@ __all__ = [
     "ACTIVATIONS", "RELU_FAMILY", "AttentionConfig", "Config", "DataConfig",
     "DeadNeuronsConfig", "FFNConfig", "LinearInputsConfig", "MeshConfig",
     "ModelConfig", "OptimizerConfig", "PenaltyConfig", "SampleConfig",
-    "TrainingConfig", "check_key", "differences", "flatten", "from_dict",
+    "TrainingConfig", "WITH_THRESHOLD", "check_key", "differences", "flatten", "from_dict",
     "replace", "to_dict", "to_json",
 ]
 

@@ -8,8 +8,9 @@ from sparse_lm.config.checks import check, check_choice, free
 FFN_SHAPES = ("plain", "gated", "spark")
 ACTIVATIONS = ("relu", "relu2", "shifted_relu", "fatrelu", "silu", "gelu",
                "gelu_tanh")
+WITH_THRESHOLD = ("shifted_relu", "fatrelu")  # those that read `threshold`
 # Those whose output is zero wherever their input is below a threshold.
-RELU_FAMILY = ("relu", "relu2", "shifted_relu", "fatrelu")
+RELU_FAMILY = ("relu", "relu2", *WITH_THRESHOLD)
 SPARSIFIERS = ("none", "statistical_topk", "topk", "approx_topk", "block_topk")
 INPUT_SPARSIFIERS = ("none", "topk", "block_topk")
 ATTENTION_SHAPES = ("dense", "spark")
@@ -68,8 +69,8 @@ class FFNConfig:
     check(self.threshold >= 0, "model.ffn.threshold",
           f"{self.threshold} must not be negative")
     check(self.threshold == 0
-          or {"shifted_relu", "fatrelu"} & {self.activation,
-                                            self.up_activation},
+          or self.activation in WITH_THRESHOLD
+          or self.up_activation in WITH_THRESHOLD,
           "model.ffn.threshold", "only shifted_relu and fatrelu have one")
     check(self.num_neurons > 0, "model.ffn.num_neurons",
           f"{self.num_neurons} must be above 0")

@@ -50,7 +50,8 @@ _PLAIN: dict[str, Activation] = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
 }
-WITH_THRESHOLD = {"shifted_relu": shifted_relu, "fatrelu": fatrelu}
+# The names are config.WITH_THRESHOLD.
+_WITH_THRESHOLD = {"shifted_relu": shifted_relu, "fatrelu": fatrelu}
 
 
 def make_activation(name: str, threshold: float) -> Activation:
@@ -60,6 +61,6 @@ def make_activation(name: str, threshold: float) -> Activation:
     name: which.
     threshold: for `shifted_relu` and `fatrelu`, the others have none.
   """
-  if name in WITH_THRESHOLD:
-    return functools.partial(WITH_THRESHOLD[name], threshold=threshold)
+  if name in _WITH_THRESHOLD:
+    return functools.partial(_WITH_THRESHOLD[name], threshold=threshold)
   return _PLAIN[name]

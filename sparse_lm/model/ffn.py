@@ -4,9 +4,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.config import FFNConfig, LinearInputsConfig
+from sparse_lm.config import WITH_THRESHOLD, FFNConfig, LinearInputsConfig
 from sparse_lm.model import sparsify
-from sparse_lm.model.activations import WITH_THRESHOLD, make_activation
+from sparse_lm.model.activations import make_activation
 from sparse_lm.model.activity import Activity
 from sparse_lm.model.layers import normal_param, project
 from sparse_lm.model.sharding import constrain

@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 from sparse_lm.config import Config
 from sparse_lm.errors import UserError
 from sparse_lm.training.sparsity import SparsityState
-from sparse_lm.training.step import TrainState, init_params
+from sparse_lm.training.step import TrainState, abstract_params
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged_checkpoints"
@@ -215,7 +215,7 @@ def load_run_params(workdir: pathlib.Path, config: Config,
                     step: int | None = None) -> tuple[int, Any]:
   """`load_params` of a run onto this process's first device."""
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shapes = jax.eval_shape(lambda: init_params(config))
+  shapes = abstract_params(config)
   return load_params(
       workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(
           x.shape, x.dtype, sharding=sharding), shapes), report, step)

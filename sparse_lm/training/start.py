@@ -1,7 +1,6 @@
 """Starting a run from another run's parameters, `training.start_from`."""
 
 from collections.abc import Callable
-import json
 import pathlib
 from typing import Any
 
@@ -11,7 +10,7 @@ from sparse_lm import config as config_lib
 from sparse_lm.config import Config
 from sparse_lm.errors import UserError
 from sparse_lm.training import checkpoint, workdir
-from sparse_lm.training.step import init_params
+from sparse_lm.training.step import abstract_params
 
 _KEY = "config.training.start_from"
 
@@ -48,7 +47,7 @@ def check_shapes(theirs: Config, config: Config, source: pathlib.Path) -> None:
 
 
 def _parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-  params = jax.eval_shape(lambda: init_params(config))
+  params = abstract_params(config)
   return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape
           for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -91,9 +90,8 @@ def load(config: Config, params: Any, corpus, batches,
 def _same_batches(source: pathlib.Path, config: Config,
                   fingerprint: str) -> bool:
   """Whether the source run read this run's batches, in this run's order."""
-  data = json.loads((source / workdir.DATA).read_text())
   keys = config_lib.differences(workdir.read_config(source), config)
-  return data["fingerprint"] == fingerprint and not any(
+  return workdir.read_fingerprint(source) == fingerprint and not any(
       key.startswith("data.") or key in (
           "training.seed", "training.batch_size", "model.context_length")
       for key in keys)

@@ -50,6 +50,11 @@ def init_params(config: Config) -> Any:
   return nnx.to_pure_dict(nnx.state(model))
 
 
+def abstract_params(config: Config) -> Any:
+  """Shapes and types of `init_params`."""
+  return jax.eval_shape(lambda: init_params(config))
+
+
 def init_state(config: Config,
                optimizer: optax.GradientTransformation) -> TrainState:
   """A fresh state from the seed. Jit it with shardings to create it sharded."""
@@ -155,8 +160,7 @@ def _without_neurons(sums: Sums) -> Sums:
       sums, statistics=dataclasses.replace(statistics, sums=kept))
 
 
-def make_eval_step(config: Config, text_bytes_V: jax.Array,
-                   measures: Sequence[str] = activity.REPORT
+def make_eval_step(config: Config, text_bytes_V: jax.Array
                    ) -> Callable[[Any, Batch], Sums]:
   """`(params, batch) -> Sums`, in micro-batches as training is."""
   training, graph = config.training, model_graph(config.model)
@@ -164,7 +168,7 @@ def make_eval_step(config: Config, text_bytes_V: jax.Array,
   def eval_step(params, batch):
     def run(part):
       return forward(nnx.merge(graph, params), part, text_bytes_V,
-                     training.loss_chunk, measures)
+                     training.loss_chunk, activity.REPORT)
 
     parts = jax.lax.map(run, _micro_batches(batch, training.micro_batches))
     return jax.tree.map(lambda x: x.sum(0), parts)

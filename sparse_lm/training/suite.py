@@ -22,7 +22,7 @@ from sparse_lm.config import Config
 from sparse_lm.errors import UserError
 from sparse_lm.training import (checkpoint, loop, metrics, start, threshold,
                                 workdir)
-from sparse_lm.training.step import init_params
+from sparse_lm.training.step import abstract_params
 
 Report = Callable[[str], None]
 
@@ -94,13 +94,14 @@ class Suite:
         raise UserError(f"--only: {name!r} is not one of {', '.join(known)}")
       wanted.add(name)
       queue += filter(None, (known[name].start, known[name].shift))
+    chosen = [m for m in self.methods if m.name in wanted]
+    starting = [m.name for m in chosen if m.start]
     methods = []
-    for method in (m for m in self.methods if m.name in wanted):
+    for method in chosen:
       config = override(method.config)
       # The first method starts from none: it is here that this shows.
       changed = {"training.num_steps", "training.batch_size"} & set(
           config_lib.differences(method.config, config))
-      starting = [m.name for m in self.methods if m.name in wanted and m.start]
       if changed and starting:
         raise UserError(f"config.{changed.pop()}: cannot be overridden, since "
                         f"{starting[0]} starts from a step of another method; "
@@ -217,7 +218,7 @@ def _training_time(target: pathlib.Path,
 
 
 def _parameters(config: Config) -> dict[str, int]:
-  shapes = jax.eval_shape(lambda: init_params(config))
+  shapes = abstract_params(config)
   total = sum(x.size for x in jax.tree.leaves(shapes))
   return {"parameters": total,
           "non_embedding": total - shapes["embedding_VxD"].size}

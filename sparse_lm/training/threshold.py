@@ -32,7 +32,7 @@ def shifted(config: Config, threshold: float) -> Config:
   if ffn.activation not in ("relu", "fatrelu"):
     raise UserError("config.model.ffn.activation: only relu (or fatrelu) can "
                     f"be shifted, this run has {ffn.activation}")
-  if ffn.up_activation in ("shifted_relu", "fatrelu"):
+  if ffn.up_activation in config_lib.WITH_THRESHOLD:
     raise UserError("config.model.ffn.up_activation: shares the threshold, "
                     f"which {ffn.up_activation} was trained with")
   return config_lib.replace(config, **{

@@ -69,15 +69,18 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     yield  # Closing the file lets it go.
 
 
+def read_fingerprint(workdir: pathlib.Path) -> str:
+  """The fingerprint of the data that the folder's run is of."""
+  return json.loads((workdir / DATA).read_text())["fingerprint"]
+
+
 def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
   """Checks that the folder's run, if there is one, is of these data.
 
   Raises:
     UserError: where it is of others.
   """
-  path = workdir / DATA
-  if path.exists() and (
-      json.loads(path.read_text())["fingerprint"] != fingerprint):
+  if (workdir / DATA).exists() and read_fingerprint(workdir) != fingerprint:
     raise UserError(f"--workdir={workdir}: its run was trained on other data "
                     "or another tokenizer than config.data now gives (the "
                     "standard library of another Python is other data)")
