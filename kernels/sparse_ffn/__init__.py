@@ -3,3 +3,7 @@
 from sparse_lm.kernels.sparse_ffn.api import IMPLEMENTATIONS as IMPLEMENTATIONS
 from sparse_lm.kernels.sparse_ffn.api import choose as choose
 from sparse_lm.kernels.sparse_ffn.api import sparse_ffn as sparse_ffn
+from sparse_lm.kernels.sparse_ffn.select import Elementwise as Elementwise
+from sparse_lm.kernels.sparse_ffn.select import Select as Select
+from sparse_lm.kernels.sparse_ffn.select import (
+    StatisticalTopk as StatisticalTopk)

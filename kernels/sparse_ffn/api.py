@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from sparse_lm.kernels.sparse_ffn import reference, xla
-from sparse_lm.kernels.sparse_ffn.reference import Activation, Select
+from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
 # By name. `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, Callable] = {
@@ -30,24 +30,24 @@ def _linear(x: jax.Array) -> jax.Array:
 
 
 def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
-               gate_RxF: jax.Array, up_FxU: jax.Array | None,
+               gate_FxR: jax.Array, up_FxU: jax.Array | None,
                down_FxD: jax.Array, *, select: Select,
                up_activation: Activation = _linear,
                implementation: str = "xla") -> tuple[jax.Array, jax.Array]:
-  """down' (select(gate' x_gate) * up_activation(up x_up)), for a few tokens.
+  """down' (select(gate x_gate) * up_activation(up x_up)), for a few tokens.
 
-  `gate` is read whole; of `up` and `down`, which are neuron-major, only the
-  rows of neurons that `select` leaves different from 0 for some token, however
-  many there are. Sums are in float32.
+  The three matrices are neuron-major: a row a neuron. `gate` is read whole; of
+  `up` and `down` only the rows of neurons that `select` leaves different from 0
+  for some token, however many there are. Sums are in float32.
 
   Args:
     x_gate_BxR: what the gate reads, B tokens: Spark's first R dims, or all.
     x_up_BxU: what `up` reads; None in a plain layer.
-    gate_RxF: the gate, or predictor.
-    up_FxU: a row a neuron; None in a plain layer.
-    down_FxD: a row a neuron.
+    gate_FxR: the gate, or predictor.
+    up_FxU: None in a plain layer.
+    down_FxD: as training has it.
     select: from scores (B, F) in float32 to activations, exactly 0 where
-      inactive: threshold and activation function.
+      inactive: threshold and activation function. See `select.py`.
     up_activation: of the other branch, elementwise.
     implementation: a key of `IMPLEMENTATIONS`.
 
@@ -61,8 +61,8 @@ def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is not one of "
                      f"{', '.join(IMPLEMENTATIONS)}")
-  neurons = gate_RxF.shape[1]
-  expected = [("gate_RxF", gate_RxF, (x_gate_BxR.shape[1], neurons)),
+  neurons = gate_FxR.shape[0]
+  expected = [("gate_FxR", gate_FxR, (neurons, x_gate_BxR.shape[1])),
               ("down_FxD", down_FxD, (neurons, down_FxD.shape[1]))]
   if up_FxU is not None:
     expected.append(("up_FxU", up_FxU, (neurons, x_up_BxU.shape[1])))
@@ -70,4 +70,4 @@ def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
     if array.shape != shape:
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
   return IMPLEMENTATIONS[implementation](
-      x_gate_BxR, x_up_BxU, gate_RxF, up_FxU, down_FxD, select, up_activation)
+      x_gate_BxR, x_up_BxU, gate_FxR, up_FxU, down_FxD, select, up_activation)

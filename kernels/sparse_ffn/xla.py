@@ -8,7 +8,8 @@ faster, it multiplies whole matrices instead; the result is the same.
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.kernels.sparse_ffn.reference import Activation, Select, scores
+from sparse_lm.kernels.sparse_ffn.reference import product
+from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
 # Rows are streamed while all tokens' active neurons together are fewer than
 # this fraction of the neurons. Found on 2 CPU cores: a row streamed takes as
@@ -21,9 +22,7 @@ _ROWS = 8
 def _dense(activation_BxF, x_up_BxU, up_FxU, down_FxD, up_activation):
   hidden_BxF = activation_BxF
   if up_FxU is not None:
-    up_BxF = jax.lax.dot_general(x_up_BxU, up_FxU, (((1,), (1,)), ((), ())),
-                                 preferred_element_type=jnp.float32)
-    hidden_BxF = hidden_BxF * up_activation(up_BxF)
+    hidden_BxF = hidden_BxF * up_activation(product(x_up_BxU, up_FxU))
   return jnp.dot(hidden_BxF.astype(down_FxD.dtype), down_FxD,
                  preferred_element_type=jnp.float32)
 
@@ -51,11 +50,11 @@ def _streamed(activation_F, x_up_U, up_FxU, down_FxD, up_activation):
 
 
 def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
-               gate_RxF: jax.Array, up_FxU: jax.Array | None,
+               gate_FxR: jax.Array, up_FxU: jax.Array | None,
                down_FxD: jax.Array, select: Select,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`."""
-  activation_BxF = select(scores(x_gate_BxR, gate_RxF))
+  activation_BxF = select(product(x_gate_BxR, gate_FxR))
   active_B = jnp.count_nonzero(activation_BxF, axis=-1)
 
   def stream():

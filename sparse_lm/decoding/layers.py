@@ -2,9 +2,11 @@
 
 from flax import nnx
 import jax
+import scipy.special
 
 from sparse_lm.config import RELU_FAMILY
-from sparse_lm.kernels.sparse_ffn import sparse_ffn
+from sparse_lm.kernels.sparse_ffn import (Elementwise, Select,
+                                          StatisticalTopk, sparse_ffn)
 from sparse_lm.model.activity import ActiveCount, Activity
 from sparse_lm.model.ffn import FFN, apply_sparsifier
 
@@ -24,8 +26,25 @@ def can_skip(ffn: FFN, sparse: bool) -> bool:
       sparsified or ffn.config.activation in RELU_FAMILY)
 
 
+def _project_rows(x_BxLxD: jax.Array, rows_FxD: jax.Array) -> jax.Array:
+  return jax.lax.dot_general(x_BxLxD, rows_FxD, (((2,), (1,)), ((), ())))
+
+
+def make_select(ffn: FFN, sparse: bool) -> Select:
+  """How a layer makes activations of scores, for the kernel."""
+  config = ffn.config
+  if not sparse or config.sparsifier == "none":
+    return Elementwise(ffn.activation)
+  k, neurons = config.num_active, config.num_neurons
+  if (config.sparsifier == "statistical_topk" and not config.huber_delta
+      and k < neurons):
+    return StatisticalTopk(float(scipy.special.ndtri(1 - k / neurons)),
+                           ffn.activation, config.bessel)
+  return lambda score_BxF: ffn.activation(apply_sparsifier(score_BxF, config))
+
+
 class NeuronMajorFFN(FFN):
-  """An FFN whose `up` has a row a neuron, as `down` has.
+  """An FFN whose `gate` and `up` have a row a neuron, as `down` has.
 
   One token a row of the batch reads the rows of active neurons alone, by
   `sparse_lm.kernels.sparse_ffn`; a prompt, of many tokens, reads everything.
@@ -41,19 +60,17 @@ class NeuronMajorFFN(FFN):
     """
     self.config, self.inputs = ffn.config, ffn.inputs
     self.activation, self.up_activation = ffn.activation, ffn.up_activation
-    self.sparse, self.implementation = sparse, implementation
-    self.gate_DxF, self.down_FxD = ffn.gate_DxF, ffn.down_FxD
+    self.implementation = implementation
+    self.select = make_select(ffn, sparse)
+    self.gate_FxD, self.down_FxD = nnx.Param(ffn.gate_DxF[...].T), ffn.down_FxD
     if self.config.shape != "plain":
       self.up_FxD = nnx.Param(ffn.up_DxF[...].T)
 
-  def project_up(self, x_up_BxLxD: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x_up_BxLxD, self.up_FxD[...],
-                               (((2,), (1,)), ((), ())))
+  def project_gate(self, x_gate_BxLxD: jax.Array) -> jax.Array:
+    return _project_rows(x_gate_BxLxD, self.gate_FxD[...])
 
-  def _select(self, score_BxF: jax.Array) -> jax.Array:
-    if self.sparse:
-      score_BxF = apply_sparsifier(score_BxF, self.config)
-    return self.activation(score_BxF)
+  def project_up(self, x_up_BxLxD: jax.Array) -> jax.Array:
+    return _project_rows(x_up_BxLxD, self.up_FxD[...])
 
   def __call__(self, x_BxLxD: jax.Array, sparse: bool | jax.Array = True
                ) -> tuple[jax.Array, Activity | ActiveCount]:
@@ -62,8 +79,8 @@ class NeuronMajorFFN(FFN):
     x_gate, x_up = (x[:, 0] for x in self.split_input(x_BxLxD))
     gated = self.config.shape != "plain"
     y_BxD, active_B = sparse_ffn(
-        x_gate, x_up if gated else None, self.gate_DxF[...],
+        x_gate, x_up if gated else None, self.gate_FxD[...],
         self.up_FxD[...] if gated else None, self.down_FxD[...],
-        select=self._select, up_activation=self.up_activation,
+        select=self.select, up_activation=self.up_activation,
         implementation=self.implementation)
     return y_BxD[:, None], ActiveCount(active_B[:, None])

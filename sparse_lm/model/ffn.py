@@ -68,6 +68,10 @@ class FFN(nnx.Module):
       return x_gate, x_up
     return x_BxLxD, x_BxLxD
 
+  def project_gate(self, x_gate_BxLxD: jax.Array) -> jax.Array:
+    """The scores (B, L, F): the gate, or predictor, before its activation."""
+    return project(x_gate_BxLxD, self.gate_DxF[...])
+
   def project_up(self, x_up_BxLxD: jax.Array) -> jax.Array:
     """The branch without the gate (B, L, F), before its activation."""
     return project(x_up_BxLxD, self.up_DxF[...])
@@ -81,7 +85,7 @@ class FFN(nnx.Module):
       sparse: whether the sparsifier is on; an array in a scan over layers.
     """
     x_gate, x_up = self.split_input(x_BxLxD)
-    score_BxLxF = constrain(project(x_gate, self.gate_DxF[...]), "BxLxF")
+    score_BxLxF = constrain(self.project_gate(x_gate), "BxLxF")
     gate_BxLxF = _apply_where(sparse, score_BxLxF, self.config)
     activation_BxLxF = h_BxLxF = self.activation(gate_BxLxF)
     if self.config.shape != "plain":

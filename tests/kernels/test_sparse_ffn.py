@@ -26,14 +26,14 @@ def make(batch, seed=0, dtype=jnp.float32, plain=False):
   def draw(*shape):
     return jnp.array(rng.normal(size=shape), dtype)
 
-  return (draw(batch, R), None if plain else draw(batch, U), draw(R, F),
+  return (draw(batch, R), None if plain else draw(batch, U), draw(F, R),
           None if plain else draw(F, U), draw(F, D))
 
 
 def formula(arrays, threshold, up_activation=lambda x: x):
   x_gate, x_up, gate, up, down = (
       None if a is None else np.asarray(a, np.float64) for a in arrays)
-  scores = x_gate @ gate
+  scores = x_gate @ gate.T
   hidden = np.where(scores > threshold, scores, 0)
   active = (hidden != 0).sum(-1)
   if up is not None:
@@ -88,7 +88,7 @@ def test_rows_of_inactive_neurons_are_not_read():
   expected, active_B = run(arrays, 3.5, "xla")
   assert 2 < active_B.sum() < F / 4 and active_B.min() > 0
   x_gate, x_up, gate, up, down = arrays
-  idle_F = (np.asarray(x_gate @ gate) <= 3.5).all(0)
+  idle_F = (np.asarray(x_gate @ gate.T) <= 3.5).all(0)
   poisoned = (x_gate, x_up, gate, jnp.where(idle_F[:, None], jnp.nan, up),
               jnp.where(idle_F[:, None], jnp.nan, down))
   y, _ = run(poisoned, 3.5, "xla")
@@ -97,9 +97,9 @@ def test_rows_of_inactive_neurons_are_not_read():
 
 def test_with_most_neurons_active_whole_matrices_are_multiplied():
   arrays = make(1)
-  idle = int(np.argmin(np.asarray(arrays[0] @ arrays[2])))
+  idle = int(np.argmin(np.asarray(arrays[0] @ arrays[2].T)))
   poisoned = (*arrays[:4], arrays[4].at[idle].set(jnp.nan))
-  lowest = float((arrays[0] @ arrays[2]).min())
+  lowest = float((arrays[0] @ arrays[2].T).min())
   y, active = run(poisoned, lowest, "xla")
   assert active[0] == F - 1
   assert np.isnan(y).all()
@@ -120,10 +120,10 @@ def test_nan_in_nan_out(implementation, where):
     (dict(implementation="cuda"), "implementation='cuda' is not one of xla, "),
     (dict(down_FxD=jnp.zeros((F + 1, D))), r"down_FxD has shape \(49, 16\)"),
     (dict(up_FxU=jnp.zeros((U, F))), r"up_FxU has shape \(10, 48\), expected"),
-    (dict(gate_RxF=jnp.zeros((R + 1, F))), "gate_RxF has shape"),
+    (dict(gate_FxR=jnp.zeros((F, R + 1))), "gate_FxR has shape"),
 ])
 def test_what_does_not_fit_is_refused(change, message):
-  names = ("x_gate_BxR", "x_up_BxU", "gate_RxF", "up_FxU", "down_FxD")
+  names = ("x_gate_BxR", "x_up_BxU", "gate_FxR", "up_FxU", "down_FxD")
   arguments = dict(zip(names, make(1)), select=jax.nn.relu) | change
   with pytest.raises(ValueError, match=message):
     sparse_ffn(**arguments)
