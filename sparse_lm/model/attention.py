@@ -43,7 +43,7 @@ def _scores(query_BxKxGxLxE: jax.Array, key_BxKxSxE: jax.Array) -> jax.Array:
   return e**-0.5 * scores.reshape(b, k, g, l, -1)
 
 
-def _mix(weights_BxKxGxLxS: jax.Array, value_BxKxSxE: jax.Array) -> jax.Array:
+def mix(weights_BxKxGxLxS: jax.Array, value_BxKxSxE: jax.Array) -> jax.Array:
   """Values summed with the weights, (B, K, G, L, E), in the values' type."""
   b, k, g, l, s = weights_BxKxGxLxS.shape
   weights = weights_BxKxGxLxS.astype(value_BxKxSxE.dtype)
@@ -129,7 +129,7 @@ class Attention(nnx.Module):
                                                seen_BxLxS, self.config)
     # Kept keys, averaged over the heads (one, where the heads share a mask).
     attended_BxL = kept.sum(-1).mean((1, 2))
-    return _mix(weights, keys["value"]), attended_BxL, seen_BxLxS.sum(-1)
+    return mix(weights, keys["value"]), attended_BxL, seen_BxLxS.sum(-1)
 
   def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array,
                segments_BxL: jax.Array | None, window: jax.Array,
