@@ -161,15 +161,22 @@ def _statistics(query, key, places, spec):
   theta = jnp.where(at > -jnp.inf, center + mean + std * at, -jnp.inf)
   # The best key is kept whatever the threshold. Its score is computed again,
   # and may then be rounded otherwise: by so much it may fall short.
-  length = jnp.linalg.norm(query.astype(wide), axis=-1) * (
-      jnp.linalg.norm(wide_key, axis=-1).max(-1)[:, :, None, None])
-  slack = 8 * jnp.finfo(wide).eps * p**-0.5 * length
+  key_length = jnp.linalg.norm(wide_key, axis=-1, keepdims=True).mean(
+      2, where=shown)[..., None]
+  slack = 8 * jnp.finfo(wide).eps * p**-0.5 * key_length * jnp.linalg.norm(
+      query.astype(wide), axis=-1)
   return jnp.minimum(theta, best - slack), best, visible
 
 
 def _split(x, spec):
   """The part that predicts, and the other."""
   return jnp.split(x, [spec.predictor_dim], axis=-1)
+
+
+def _softplus(x):
+  """softplus(x) and its slope, from one exponential."""
+  e = jnp.exp(-jnp.abs(x))
+  return jnp.maximum(x, 0) + jnp.log1p(e), jnp.where(x >= 0, 1, e) / (1 + e)
 
 
 def _forward(query, key, value, places, spec):
@@ -186,19 +193,20 @@ def _forward(query, key, value, places, spec):
     kept = places.seen(q, k, spec) & (scores >= at_q(floor)[..., None])
     p = jnp.where(kept, jnp.exp(cap_scores(scores, spec.softcap)
                                 - at_q(top)[..., None]), 0)
-    weights = p * jax.nn.softplus(_scores(at_q(query_2), at_k(key_2)))
-    block = _dot("bkqs,bkse->bkqe", _rows(weights.astype(value.dtype)),
+    gate, _ = _softplus(_scores(at_q(query_2), at_k(key_2)))
+    block = _dot("bkqs,bkse->bkqe", _rows((p * gate).astype(value.dtype)),
                  at_k(value))
     return (_add(mixed, block.reshape(*p.shape[:4], -1), q, 3),
             _add(normalizer, p.sum(-1), q, 3),
-            _add(attended, kept.sum(-1).mean((1, 2), dtype=p.dtype), q, 1))
+            _add(attended, kept.sum(-1, dtype=p.dtype), q, 3))
 
   zero = jnp.zeros_like(floor)
   mixed = jnp.zeros((*floor.shape, value.shape[-1]), floor.dtype)
   mixed, normalizer, attended = _over_blocks(
-      step, (mixed, zero, zero.sum((1, 2))), places, spec)
+      step, (mixed, zero, zero), places, spec)
   mixed = (mixed / normalizer[..., None]).astype(value.dtype)
-  return (mixed, attended, visible), (floor, top + jnp.log(normalizer))
+  log_sum = top + jnp.log(normalizer)
+  return (mixed, attended.mean((1, 2)), visible), (floor, log_sum)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -214,47 +222,42 @@ def _attend_fwd(query, key, value, places, spec):
 
 def _attend_bwd(spec, residuals, gradients):
   query, key, value, places, out, floor, log_sum = residuals
-  (query_1, query_2), (key_1, key_2) = _split(query, spec), _split(key, spec)
-  d_out, dtype, cap = gradients[0], query.dtype, spec.softcap
+  queries, keys = _split(query, spec), _split(key, spec)
+  d_out, cap = gradients[0], spec.softcap
   inner = (d_out.astype(floor.dtype) * out.astype(floor.dtype)).sum(-1)
 
   def step(carry, q, k):
-    d_queries, d_keys, d_value = carry
+    d_query, d_key, d_value = carry
     at_q = functools.partial(_take, start=q, size=spec.block_q, axis=3)
     at_k = functools.partial(_take, start=k, size=spec.block_k, axis=2)
-    queries, keys = (at_q(query_1), at_q(query_2)), (at_k(key_1), at_k(key_2))
-    scores_1, scores_2 = map(_scores, queries, keys)
+    parts = [(at_q(query), at_k(key)) for query, key in zip(queries, keys)]
+    scores_1, scores_2 = (_scores(*part) for part in parts)
     capped = cap_scores(scores_1, cap)
     kept = places.seen(q, k, spec) & (scores_1 >= at_q(floor)[..., None])
     p = jnp.where(kept, jnp.exp(capped - at_q(log_sum)[..., None]), 0)
-    weights = p * jax.nn.softplus(scores_2)
+    gate, slope = _softplus(scores_2)
     d_rows = _rows(at_q(d_out))
     d_weights = _dot("bkqe,bkse->bkqs", d_rows, at_k(value)).reshape(p.shape)
-    d_1 = weights * d_weights - p * at_q(inner)[..., None]
+    d_1 = p * (gate * d_weights - at_q(inner)[..., None])
     if cap:
       d_1 *= 1 - jnp.square(capped / cap)
-    d_2 = p * d_weights * jax.nn.sigmoid(scores_2)
-    d_value = _add(d_value, _dot("bkqs,bkqe->bkse",
-                                 _rows(weights.astype(d_out.dtype)), d_rows), k, 2)
-    d_parts = zip(d_queries, d_keys, queries, keys, (d_1, d_2))
-    sums = []
-    for d_query, d_key, query, key, d_scores in d_parts:
-      d_scores = _rows((query.shape[-1]**-0.5 * d_scores).astype(dtype))
-      to_query = _dot("bkqs,bkse->bkqe", d_scores, key)
-      to_key = _dot("bkqs,bkqe->bkse", d_scores, _rows(query))
-      sums.append((_add(d_query, to_query.reshape(query.shape), q, 3),
-                   _add(d_key, to_key, k, 2)))
-    return (*zip(*sums), d_value)
+    to_query, to_key = [], []
+    for part, d_scores in zip(parts, (d_1, p * d_weights * slope)):
+      width = part[0].shape[-1]
+      d_scores = _rows((width**-0.5 * d_scores).astype(query.dtype))
+      to_query.append(_dot("bkqs,bkse->bkqe", d_scores, part[1]))
+      to_key.append(_dot("bkqs,bkqe->bkse", d_scores, _rows(part[0])))
+    to_query = jnp.concatenate(to_query, -1).reshape(*p.shape[:4], -1)
+    to_value = _dot("bkqs,bkqe->bkse",
+                    _rows((p * gate).astype(d_out.dtype)), d_rows)
+    return (_add(d_query, to_query, q, 3),
+            _add(d_key, jnp.concatenate(to_key, -1), k, 2),
+            _add(d_value, to_value, k, 2))
 
-  def zeros(*arrays):
-    return tuple(jnp.zeros_like(x, floor.dtype) for x in arrays)
-
-  d_queries, d_keys, d_value = _over_blocks(
-      step, (zeros(query_1, query_2), zeros(key_1, key_2), *zeros(value)),
-      places, spec)
-  return (jnp.concatenate(d_queries, -1).astype(dtype),
-          jnp.concatenate(d_keys, -1).astype(dtype),
-          d_value.astype(value.dtype), None)
+  arrays = query, key, value
+  sums = _over_blocks(
+      step, tuple(jnp.zeros_like(x, floor.dtype) for x in arrays), places, spec)
+  return *(d.astype(x.dtype) for d, x in zip(sums, arrays)), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -268,8 +271,9 @@ def spark_attention(query_BxKxGxLxE, key_BxKxLxE, value_BxKxLxE, positions_BxL,
                     block_q, block_k):
   """As `api.spark_attention`."""
   length = positions_BxL.shape[1]
-  spec = _Spec(predictor_dim, top_k, softcap, min(block_q, length),
-               min(block_k, length), window if isinstance(window, int) else None)
+  spec = _Spec(predictor_dim, top_k, softcap, block_q=min(block_q, length),
+               block_k=min(block_k, length),
+               window=window if isinstance(window, int) else None)
 
   def fill(x, axis, block, **options):
     """To a multiple of the block."""
@@ -285,7 +289,7 @@ def spark_attention(query_BxKxGxLxE, key_BxKxLxE, value_BxKxLxE, positions_BxL,
       fill(positions_BxL, 1, spec.block_k, constant_values=_NOWHERE),
       last(segments_BxL), fill(segments_BxL, 1, spec.block_k),
       jnp.asarray(window, jnp.int32))
-  mixed, *counts = _attend(
-      fill(query_BxKxGxLxE, 3, spec.block_q), fill(key_BxKxLxE, 2, spec.block_k),
-      fill(value_BxKxLxE, 2, spec.block_k), places, spec)
+  mixed, *counts = _attend(fill(query_BxKxGxLxE, 3, spec.block_q),
+                           fill(key_BxKxLxE, 2, spec.block_k),
+                           fill(value_BxKxLxE, 2, spec.block_k), places, spec)
   return mixed[..., :length, :], *(x[:, :length] for x in counts)
