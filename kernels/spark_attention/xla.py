@@ -48,7 +48,7 @@ class _Spec:
         nearest = q - (k + self.block_k - 1)
         if self.window is None or nearest < self.window:
           pairs.append((q, k))
-    return np.array(pairs, np.int32)
+    return np.array(pairs, np.uint32)  # Of signed ones jax asks whether < 0.
 
 
 @jax.tree_util.register_dataclass
