@@ -10,7 +10,7 @@ the softmax's sum, which needs no rescaling on the way. The backward pass
 computes the scores again. With o the gradient of `out`, and a_s = o . v_s:
 
     dv_s  = sum over queries of p_s g_s o
-    dcap_s = p_s (g_s a_s - o . out)   d(cap(s1)) = 1 - (cap(s1) / cap)^2
+    ds1_s = p_s (g_s a_s - o . out) cap'(s1_s)
     ds2_s = p_s a_s sigmoid(s2_s)
 
 Blocks that lie wholly after their queries, or before a window that is known
@@ -27,6 +27,9 @@ import numpy as np
 
 from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.spark_attention.reference import cap_scores, seen
+
+# The position of keys that fill the last block: after every query.
+_NOWHERE = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +264,6 @@ def _attend_bwd(spec, residuals, gradients):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-# The position of keys that fill the last block: after every query.
-_NOWHERE = 2**30
 
 
 def spark_attention(query_BxKxGxLxE, key_BxKxLxE, value_BxKxLxE, positions_BxL,
