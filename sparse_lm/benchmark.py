@@ -1,13 +1,19 @@
-"""Time sparse decoding against dense, on the device at hand.
+"""Time sparse decoding and training against dense, on the device at hand.
 
   python -m sparse_lm.benchmark --suite=ffn
   python -m sparse_lm.benchmark --suite=decode --layers=8
+  python -m sparse_lm.benchmark --suite=attention_training
+  python -m sparse_lm.benchmark --suite=topk_training
 
 ffn: one feed-forward layer at the shapes of Gemma-2 2B, for 1 and more tokens.
 decode: whole models, configs/spark_2b.py against configs/gemma2_2b.py, with as
 many layers as --layers says. Weights are random: what is measured is time, at
 the active fraction that the sparsifier aims at. Beside each time stands the
 least that reading the weights takes at the device's measured bandwidth.
+attention_training: causal attention of one sequence, 8 query and 4 key/value
+heads of 256, forward and with its backward pass, and its temporaries.
+topk_training: Spark's feed-forward layer, forward and backward, with no top-k
+and with several.
 """
 
 from collections.abc import Sequence
@@ -18,11 +24,15 @@ from sparse_lm import cli
 from sparse_lm.errors import UserError
 
 
-def _numbers(flag: str, text: str) -> list[int]:
+def _numbers(flag: str, text: str, example: str = "1,8", separator: str = ",",
+             count: int = 0) -> list[int]:
+  """The numbers of a flag, `count` of them unless that is 0."""
   try:
-    values = [int(x) for x in text.split(",")]
+    values = [int(x) for x in text.split(separator)]
   except ValueError:
-    raise UserError(f"--{flag}={text}: is not a list such as 1,8") from None
+    values = []
+  if not values or len(values) != (count or len(values)):
+    raise UserError(f"--{flag}={text}: is not a list such as {example}")
   if min(values) < 1:
     raise UserError(f"--{flag}={text}: must be above 0")
   return values
@@ -30,20 +40,40 @@ def _numbers(flag: str, text: str) -> list[int]:
 
 def main(argv: Sequence[str]) -> None:
   parser = cli.Parser(__doc__, "benchmark")
-  parser.add_argument("--suite", required=True, choices=("ffn", "decode"))
+  parser.add_argument("--suite", required=True, choices=(
+      "ffn", "decode", "attention_training", "topk_training"))
   parser.add_argument("--layers", type=int, default=4, help="distinct layers, "
                       "so that none stays in a cache (default: 4)")
   parser.add_argument("--tokens", default="1,2,4,8,32", help="ffn: tokens at a "
                       "time (default: 1,2,4,8,32)")
   parser.add_argument("--prompts", default="256,1024", help="decode: tokens in "
                       "the cache (default: 256,1024)")
+  parser.add_argument("--lengths", default="2048,8192", help="attention_"
+                      "training: tokens of a sequence (default: 2048,8192)")
+  parser.add_argument("--blocks", default="512x512,512x1024,1024x1024",
+                      help="attention_training: queries x keys of blocks "
+                      "(default: 512x512,512x1024,1024x1024)")
+  parser.add_argument("--shape", default="8192,2304,13824,1024",
+                      help="topk_training: tokens, model dim, neurons, "
+                      "predictor dim (default: 8192,2304,13824,1024)")
   parser.add_argument("--output", type=pathlib.Path, metavar="FILE",
                       help="also write the rows there, as JSON")
   args = parser.parse_args(argv)
   if args.layers < 1:
     raise UserError(f"--layers={args.layers}: must be above 0")
-  from sparse_lm.decoding import timing  # pylint: disable=g-import-not-at-top
-  if args.suite == "ffn":
+  # pylint: disable=g-import-not-at-top
+  if args.suite.endswith("_training"):
+    from sparse_lm.training import timing
+  else:
+    from sparse_lm.decoding import timing
+  if args.suite == "attention_training":
+    blocks = [tuple(_numbers("blocks", pair, "512x512,512x1024", "x", 2))
+              for pair in args.blocks.split(",")]
+    result = timing.time_attention(_numbers("lengths", args.lengths), blocks)
+  elif args.suite == "topk_training":
+    result = timing.time_topk(*_numbers("shape", args.shape,
+                                        "64,48,256,16", count=4))
+  elif args.suite == "ffn":
     result = timing.time_ffn(args.layers, _numbers("tokens", args.tokens))
   else:
     result = timing.time_decode(args.layers, _numbers("prompts", args.prompts))

@@ -147,8 +147,9 @@ class AttentionConfig:
   rope_base: float = 10_000.0  # longest rotary wavelength / (2 pi)
   top_k: int = 256  # keys that a query attends to, spark only
   predictor_dim: int = 32  # head dims that predict, spark only; even
-  # Queries scored against the keys at a time; 0: all at once. Changes the
-  # memory of a training step, never its result.
+  # Queries scored against the keys at a time, in Spark attention of whole
+  # sequences against as many keys at a time; 0: all at once. With it memory is
+  # linear in the sequence's length. It never changes the result.
   query_chunk: int = free(0)
 
   def __post_init__(self):

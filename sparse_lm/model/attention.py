@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import AttentionConfig, LinearInputsConfig
+from sparse_lm.kernels.spark_attention import spark_attention
 from sparse_lm.model import sparsify
 from sparse_lm.model.cache import LayerCache
 from sparse_lm.model.layers import normal_param, project, rope, softcap
@@ -43,7 +44,7 @@ def _scores(query_BxKxGxLxE: jax.Array, key_BxKxSxE: jax.Array) -> jax.Array:
   return e**-0.5 * scores.reshape(b, k, g, l, -1)
 
 
-def _mix(weights_BxKxGxLxS: jax.Array, value_BxKxSxE: jax.Array) -> jax.Array:
+def mix(weights_BxKxGxLxS: jax.Array, value_BxKxSxE: jax.Array) -> jax.Array:
   """Values summed with the weights, (B, K, G, L, E), in the values' type."""
   b, k, g, l, s = weights_BxKxGxLxS.shape
   weights = weights_BxKxGxLxS.astype(value_BxKxSxE.dtype)
@@ -129,7 +130,7 @@ class Attention(nnx.Module):
                                                seen_BxLxS, self.config)
     # Kept keys, averaged over the heads (one, where the heads share a mask).
     attended_BxL = kept.sum(-1).mean((1, 2))
-    return _mix(weights, keys["value"]), attended_BxL, seen_BxLxS.sum(-1)
+    return mix(weights, keys["value"]), attended_BxL, seen_BxLxS.sum(-1)
 
   def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array,
                segments_BxL: jax.Array | None, window: jax.Array,
@@ -163,13 +164,26 @@ class Attention(nnx.Module):
                   positions=jnp.arange(slots)[None], segments=None)
     b, l, h, e = query_BxLxHxE.shape
     query = query_BxLxHxE.reshape(b, l, self.config.num_kv_heads, -1, e)
-    mixed, attended, seen = self._attend_in_chunks(
+    in_blocks = (cache is None and self.config.shape == "spark"
+                 and 0 < self.config.query_chunk < l)
+    attend = self._attend_in_blocks if in_blocks else self._attend_in_chunks
+    mixed, attended, seen = attend(
         query.transpose(0, 2, 3, 1, 4), positions_BxL, segments_BxL, keys,
         window)
     mixed_BxLxHxE = mixed.transpose(0, 3, 1, 2, 4).reshape(b, l, h, e)
     mixed_BxLxHxE = sparsify.sparsify_input(mixed_BxLxHxE, self.inputs, axes=2)
     y_BxLxD = project(mixed_BxLxHxE, self.output_HxExD[...], in_axes=2)
     return y_BxLxD, attended, seen, cache
+
+  def _attend_in_blocks(self, query_BxKxGxLxE, positions_BxL, segments_BxL,
+                        keys, window):
+    """`_attend` of a whole sequence to itself, no array of it being L x L."""
+    config = self.config
+    return spark_attention(
+        query_BxKxGxLxE, keys["key"], keys["value"], positions_BxL,
+        segments_BxL, window, predictor_dim=config.predictor_dim,
+        top_k=config.top_k, softcap=config.logit_softcap,
+        block_q=config.query_chunk, block_k=config.query_chunk)
 
   def _attend_in_chunks(self, query_BxKxGxLxE, positions_BxL, segments_BxL,
                         keys, window):

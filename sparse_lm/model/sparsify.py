@@ -19,9 +19,10 @@ The exact operators keep entries as they are: `topk`, `approx_topk`,
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 
 from sparse_lm.config import LinearInputsConfig
+from sparse_lm.kernels import statistical_topk as kernel
+from sparse_lm.kernels.gaussian import quantile as gaussian_quantile
 from sparse_lm.model.sharding import per_batch_shard
 
 
@@ -29,11 +30,6 @@ def _safe_sqrt(x: jax.Array) -> jax.Array:
   """sqrt with gradient 0, not infinity, at 0."""
   positive = x > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
-
-
-def _quantile(k: float, count: np.ndarray | int) -> np.ndarray:
-  """Q(1 - k/count) in float64, and -inf where count <= k."""
-  return scipy.special.ndtri(np.maximum(1 - k / np.maximum(count, 1), 0))
 
 
 def statistical_threshold(x: jax.Array, k: float, axis: int = -1, *,
@@ -58,10 +54,10 @@ def statistical_threshold(x: jax.Array, k: float, axis: int = -1, *,
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   count = x.shape[axis]
   if where is None:
-    quantile = jnp.asarray(_quantile(k, count), x.dtype)
+    quantile = jnp.asarray(gaussian_quantile(k, count), x.dtype)
   else:
     # Looked up, since XLA would compute Q anew for every entry of x.
-    table = jnp.asarray(_quantile(k, np.arange(count + 1)), x.dtype)
+    table = jnp.asarray(gaussian_quantile(k, np.arange(count + 1)), x.dtype)
     count = where.sum(axis, keepdims=True)
     quantile = table[count]
   divisor = jnp.maximum(count, 1)
@@ -110,6 +106,8 @@ def statistical_topk(x: jax.Array, k: float, axis: int = -1, *,
   Returns:
     max(x - theta(x, k), 0), of `x`'s shape and type.
   """
+  if where is None and axis in (-1, x.ndim - 1) and k < x.shape[-1]:
+    return kernel.statistical_topk(x, k, bessel, huber_delta)
   theta = statistical_threshold(x, k, axis, where=where, bessel=bessel)
   y = soft_threshold(x.astype(theta.dtype), theta, huber_delta)
   if where is not None:

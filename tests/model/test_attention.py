@@ -166,12 +166,14 @@ def test_visible_counts_positions_within_documents():
   np.testing.assert_array_equal(seen.sum(-1), [[1, 2, 2, 1, 2]])
 
 
+@pytest.mark.parametrize("shape, chunk", [("dense", 5), ("spark", 5),
+                                          ("spark", 8)])
 @pytest.mark.parametrize("segments", [None, "two"])
-def test_chunks_of_queries_change_nothing(segments):
+def test_chunks_of_queries_change_nothing(shape, chunk, segments):
   if segments:
     segments = jnp.array([[1] * 9 + [2] * 11] * 2)
-  config = dataclasses.replace(CONFIG, top_k=5)
-  chunked = dataclasses.replace(config, query_chunk=5)
+  config = dataclasses.replace(CONFIG, shape=shape, top_k=5, logit_softcap=2.0)
+  chunked = dataclasses.replace(config, query_chunk=chunk)
 
   def loss(x, config):
     _, y, attended, _ = run(config, x, segments, 12)

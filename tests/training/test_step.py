@@ -56,6 +56,19 @@ def test_eight_devices_are_as_one(make_config, take_step, reference, data, fsdp,
   assert down.addressable_shards[0].data.shape == (2, 64 // tensor, 32 // fsdp)
 
 
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_attention_in_blocks_changes_nothing(make_config, take_step, reference,
+                                             on_mesh):
+  config = make_config(**{
+      "model.attention.query_chunk": 8, "model.scan_layers": True,
+      "model.remat": "block", "training.mesh.data": 2, "training.mesh.fsdp": 2,
+      "training.mesh.tensor": 2})
+  mesh = mesh_lib.make_mesh(config) if on_mesh else None
+  state, out = take_step(config, mesh=mesh)
+  assert_close(state.params, reference[0].params)
+  assert_close(out, reference[1])
+
+
 def test_micro_batches_on_a_mesh_change_nothing(make_config, take_step):
   config = make_config(**{"training.micro_batches": 2,
                           "training.batch_size": 16})
