@@ -37,7 +37,7 @@ def unsupported(key2_BxKxSxU: jax.Array, value_BxKxSxE: jax.Array
 
 def _body(blocks_ref, counts_ref, query2_ref, weights_ref, key2_ref, value_ref,
           y_ref, key2_buffers, value_buffers, semaphores):
-  """One row and key/value head; `unkept` weights are negative."""
+  """One row and key/value head; weights of keys not kept are negative."""
   b, k = pl.program_id(0), pl.program_id(1)
   head = b * pl.num_programs(1) + k
   count, listed = counts_ref[head], weights_ref.shape[0]
@@ -76,12 +76,11 @@ def _body(blocks_ref, counts_ref, query2_ref, weights_ref, key2_ref, value_ref,
         preferred_element_type=jnp.float32)
     softplus = jnp.maximum(scores, 0) + jnp.log1p(jnp.exp(-jnp.abs(scores)))
     weights = weights_ref[block(n)]
-    unkept = weights < 0
     # What stands in a slot that no query keeps must not matter, NaN included.
     highest = jnp.max(weights, axis=0, keepdims=True)
     rows = jnp.broadcast_to(highest, (value.shape[0], BLOCK)).T[:, :1]
     value = jnp.where(rows < 0, 0, value.astype(jnp.float32))
-    weights = jnp.where(unkept, 0, weights * softplus)
+    weights = jnp.where(weights < 0, 0, weights * softplus)
     return y_GxE + jnp.dot(weights.astype(value_ref.dtype),
                            value.astype(value_ref.dtype),
                            preferred_element_type=jnp.float32)
@@ -111,7 +110,8 @@ def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
   blocks, counts_N = _block_lists(kept.any(2).reshape(b * k, s))
   # Blocks first: the kernel picks one by its index.
   weights = jnp.where(kept, weights, -1).reshape(b, k, g, s // BLOCK, BLOCK)
-  head = functools.partial(pl.BlockSpec, index_map=lambda b, k, *_: (b, k, 0, 0))
+  head = functools.partial(pl.BlockSpec,
+                           index_map=lambda b, k, *_: (b, k, 0, 0))
   y_BxKxGxE = pl.pallas_call(
       _body,
       grid_spec=pltpu.PrefetchScalarGridSpec(
