@@ -8,6 +8,17 @@ import jax.numpy as jnp
 from sparse_lm.config import ModelConfig
 
 
+def write_rows(cached_BxKxSxE: jax.Array, new_BxLxKxE: jax.Array,
+               positions_BxL: jax.Array) -> jax.Array:
+  """A cache's array with each row's new tokens at their positions.
+
+  Positions beyond its slots are dropped.
+  """
+  rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
+  return cached_BxKxSxE.at[rows_Bx1, :, positions_BxL].set(
+      new_BxLxKxE.astype(cached_BxKxSxE.dtype), mode="drop")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -23,14 +34,13 @@ class LayerCache:
   def write(self, key_BxLxKxE: jax.Array, value_BxLxKxE: jax.Array,
             positions_BxL: jax.Array) -> "LayerCache":
     """The cache with each row's new tokens at their positions."""
-    rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
+    return LayerCache(
+        write_rows(self.key_BxKxSxE, key_BxLxKxE, positions_BxL),
+        write_rows(self.value_BxKxSxE, value_BxLxKxE, positions_BxL))
 
-    def put(cached, new):
-      return cached.at[rows_Bx1, :, positions_BxL].set(
-          new.astype(cached.dtype), mode="drop")
-
-    return LayerCache(put(self.key_BxKxSxE, key_BxLxKxE),
-                      put(self.value_BxKxSxE, value_BxLxKxE))
+  @property
+  def slots(self) -> int:
+    return self.key_BxKxSxE.shape[2]
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int,

@@ -11,7 +11,8 @@ import scipy.special
 
 from sparse_lm.config import (AttentionConfig, FFNConfig, LinearInputsConfig,
                               ModelConfig)
-from sparse_lm.decoding import Decoder, Greedy, make_sampler
+from sparse_lm.decoding import (Decoder, Greedy, attention,
+                                make_sampler)
 from sparse_lm.errors import UserError
 from sparse_lm.model import Transformer
 
@@ -34,12 +35,12 @@ Q_SPARSE = dataclasses.replace(
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(10, 31))]  # ragged
 
 
-def make(config):
+def make(config, **options):
   model = Transformer(config, nnx.Rngs(0))
   params = nnx.to_pure_dict(nnx.state(model))
   graph = nnx.graphdef(model)
   forward = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
-  return Decoder(config, params), forward
+  return Decoder(config, params, **options), forward
 
 
 def run(decoder, prompts, steps, sampler=Greedy(), **keys):
@@ -47,24 +48,67 @@ def run(decoder, prompts, steps, sampler=Greedy(), **keys):
   return np.array(list(drawn))
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE, Q_SPARSE],
-                         ids=["spark", "dense", "q_sparse"])
-def test_decoding_is_teacher_forcing(config):
+def check_teacher_forcing(decoder, forward):
   """Each token drawn is the whole sequence's forward pass's, ragged rows too.
 
   The likeliest token's lead over the next one is checked, so that rounding
   cannot explain an agreement or hide a difference.
   """
-  decoder, forward = make(config)
   drawn_TxB = run(decoder, PROMPTS, 20)
   for row, prompt in enumerate(PROMPTS):
     sequence = [*prompt, *drawn_TxB[:, row]]
-    padded = np.zeros((1, config.context_length), np.int32)
+    padded = np.zeros((1, decoder.config.context_length), np.int32)
     padded[0, :len(sequence)] = sequence
     logits = np.asarray(forward(padded)[0][0])
     for i, token in enumerate(sequence[len(prompt):], len(prompt) - 1):
       assert logits[i].max() - logits[i, token] < 1e-4
   assert len({tuple(drawn_TxB[:, row]) for row in range(3)}) == 3
+
+
+@pytest.mark.parametrize("config", [CONFIG, DENSE, Q_SPARSE],
+                         ids=["spark", "dense", "q_sparse"])
+def test_decoding_is_teacher_forcing(config):
+  check_teacher_forcing(*make(config))
+
+
+@pytest.mark.parametrize("kernel", ["xla", "reference"])
+def test_decoding_by_a_kernel_is_teacher_forcing(monkeypatch, kernel):
+  monkeypatch.setattr(attention, "choose", lambda *_: kernel)
+  decoder, forward = make(CONFIG)
+  check_teacher_forcing(decoder, forward)
+  assert decoder.attention_implementations == [kernel] * 2
+
+
+# Of the prompts of 1, 5 and 21 tokens, the boundaries cut one, two, or touch
+# an end; 20 and 8 leave a last chunk that is mostly padding.
+@pytest.mark.parametrize("chunk", [1, 3, 5, 8, 20, 21])
+@pytest.mark.parametrize("kernel", [None, "xla"])
+def test_a_prompt_in_chunks_is_the_prompt(monkeypatch, chunk, kernel):
+  monkeypatch.setattr(attention, "choose", lambda *_: kernel)
+  whole, forward = make(CONFIG)
+  chunked, _ = make(CONFIG, prefill_chunk=chunk)
+  np.testing.assert_array_equal(run(chunked, PROMPTS, 12),
+                                run(whole, PROMPTS, 12))
+  if chunk == 8:
+    check_teacher_forcing(chunked, forward)
+
+
+def test_chunks_draw_the_same_random_tokens():
+  whole, _ = make(CONFIG)
+  chunked, _ = make(CONFIG, prefill_chunk=4)
+  sampler = make_sampler(1.0)
+  np.testing.assert_array_equal(run(chunked, PROMPTS, 12, sampler),
+                                run(whole, PROMPTS, 12, sampler))
+
+
+def test_a_prompt_may_fill_the_context_but_for_one_token():
+  """The last chunk's padding would stand beyond the cache's end."""
+  prompts = [[1] * 46, list(range(47)), [7]]
+  whole, _ = make(CONFIG)
+  chunked, _ = make(CONFIG, prefill_chunk=10)
+  drawn = run(chunked, prompts, 5)
+  assert drawn.shape == (1, 3)
+  np.testing.assert_array_equal(drawn, run(whole, prompts, 5))
 
 
 def test_logits_with_a_cache_equal_those_without():
