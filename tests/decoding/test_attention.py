@@ -25,9 +25,8 @@ LENGTH, SLOTS = 120, 2048
 EVERYTHING = 2**30
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("window", [40, EVERYTHING])
-def test_token_by_token_equals_the_forward_pass(implementation, window):
+def test_token_by_token_equals_the_forward_pass(window):
   """Rows at different positions of their own texts, after a prompt."""
   model = Transformer(CONFIG, nnx.Rngs(0))
   layer = next(model.layers()).attention
@@ -40,11 +39,11 @@ def test_token_by_token_equals_the_forward_pass(implementation, window):
   def advance(params, x, positions, cache):
     return nnx.merge(graph, params)(x, positions, None, window, cache)
 
-  cache = decoding_cache(CONFIG, 3, 200, jnp.float32, implementation)[0]
+  cache = decoding_cache(CONFIG, 3, 200, jnp.float32, "xla")[0]
   assert isinstance(cache, SplitCache)
   starts, rows = np.array([60, 1, 33]), np.arange(3)
   _, _, _, cache = advance(params, x[:, :60], positions[:, :60], cache)
-  for i in range(50):
+  for i in range(30):
     now = (rows, starts + i)
     y, kept, visible, cache = advance(params, x[now][:, None],
                                       positions[now][:, None], cache)
