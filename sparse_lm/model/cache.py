@@ -14,9 +14,14 @@ def write_rows(cached_BxKxSxE: jax.Array, new_BxLxKxE: jax.Array,
 
   Positions beyond its slots are dropped.
   """
-  rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
-  return cached_BxKxSxE.at[rows_Bx1, :, positions_BxL].set(
-      new_BxLxKxE.astype(cached_BxKxSxE.dtype), mode="drop")
+  # Heads are indexed, not sliced: XLA's CPU backend turns the write of a single
+  # slice into an update that it fuses, a second time beside the cache's own,
+  # with what reads it, and copies the whole cache for that.
+  batch, heads = cached_BxKxSxE.shape[:2]
+  rows_Bx1x1 = jnp.arange(batch)[:, None, None]
+  return cached_BxKxSxE.at[
+      rows_Bx1x1, jnp.arange(heads), positions_BxL[:, :, None]].set(
+          new_BxLxKxE.astype(cached_BxKxSxE.dtype), mode="drop")
 
 
 @jax.tree_util.register_dataclass
