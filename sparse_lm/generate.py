@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(dict(
         prompt=prompt, completion="".join(pieces), step=step,
         ffn_implementations=decoder.ffn_implementations,
+        attention_implementations=decoder.attention_implementations,
         **decoder.sparsity())))
     return
   first = next(pieces)  # Refuses a prompt that does not fit.

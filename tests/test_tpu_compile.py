@@ -1,4 +1,4 @@
-"""The 2B config on a pod of 256 TPU v5e chips, compiled with no TPU at hand."""
+"""Programs for TPUs, compiled with no TPU at hand."""
 
 import importlib.util
 import json
@@ -67,3 +67,44 @@ def test_the_2b_training_step_fits_a_v5e_pod():
                  for d in dims)
   assert not any(8192 in d and 13_824 in d and math.prod(d) > 2 * 8192 * 13_824
                  for d in dims)
+
+
+ATTENTION = r"""
+import sys
+import jax
+import jax.numpy as jnp
+from sparse_lm.kernels.sparse_attention import sparse_attention
+from sparse_lm.training import aot
+
+sharding = jax.sharding.SingleDeviceSharding(aot.tpu_devices(sys.argv[1])[0])
+
+
+@jax.jit
+def attend(query, key1, key2, value, lengths, window):
+  return sparse_attention(query, key1, key2, value, lengths, window=window,
+                          top_k=256, logit_softcap=50., implementation="tpu")
+
+
+def array(*shape, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+for b, k, g, s, dtype in [(4, 4, 2, 8192, jnp.bfloat16),
+                          (1, 1, 1, 256, jnp.float32)]:
+  cache = [array(b, k, s, e, dtype=dtype) for e in (128, 128, 256)]
+  compiled = attend.lower(
+      array(b, k, g, 256, dtype=dtype), *cache, array(b, dtype=jnp.int32),
+      array(dtype=jnp.int32)).compile()
+  assert "sparse_attention" in compiled.as_text()
+  # No copy of a cache's part beside it.
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+"""
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_the_sparse_attention_kernel_compiles(topology):
+  process = subprocess.run(
+      [sys.executable, "-c", ATTENTION, topology], env=environment(),
+      capture_output=True, text=True, timeout=600, check=False)
+  assert process.returncode == 0, process.stderr[-4000:]

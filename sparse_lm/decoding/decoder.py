@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.config import ModelConfig
+from sparse_lm.decoding.attention import (CachedAttention, choose_attention,
+                                          decoding_cache)
 from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
 from sparse_lm.kernels.sparse_ffn import choose
 from sparse_lm.model import activity
-from sparse_lm.model.cache import empty_cache
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
 
 
@@ -33,24 +34,31 @@ class Decoder:
   Attributes:
     ffn_implementations: of each layer: "dense", or the kernel that skips its
       inactive neurons.
+    attention_implementations: likewise, of keys, in the newest `generate`: it
+      depends on the cache's size. Prompts read every key.
     statistics: of the newest `generate`.
   """
 
   def __init__(self, config: ModelConfig, params: Any, *,
-               skip_inactive: bool = True):
+               skip_inactive: bool = True, prefill_chunk: int = 512):
     """Lays out a model's parameters.
 
     Args:
       config: the model's.
       params: as training has them.
-      skip_inactive: False computes every neuron, to compare with. So does
-        True where no kernel is faster (see `kernels.sparse_ffn.choose`).
+      skip_inactive: False computes every neuron and key, to compare with. So
+        does True where no kernel is faster (see `choose` of
+        `kernels.sparse_ffn` and `kernels.sparse_attention`).
+      prefill_chunk: prompts are fed in pieces of at most so many tokens, which
+        bounds the memory of their attention scores.
     """
     model = unstack(nnx.merge(model_graph(config), params))
     self.config = config
-    self.ffn_implementations = []
+    self.ffn_implementations, self.attention_implementations = [], []
+    self._skip_keys, self._chunk = skip_inactive, prefill_chunk
     kernel = choose(jax.default_backend()) if skip_inactive else None
     for block, sparse in zip(model.blocks, config.sparse_layers):
+      block.attention = CachedAttention(block.attention)
       skips = kernel is not None and can_skip(block.ffn, sparse)
       if skips:
         block.ffn = NeuronMajorFFN(block.ffn, sparse, kernel)
@@ -99,6 +107,31 @@ class Decoder:
     if max_new < 1:
       raise UserError(f"--max_new_tokens={max_new}: must be above 0")
 
+  def _prefill(self, cache, prompts, key, sampler):
+    """Feeds the prompts, a chunk at a time; the first token drawn, the cache.
+
+    Rows that have ended are fed padding: its keys lie beyond the row's end,
+    where the tokens drawn are written later.
+    """
+    lengths_B = np.array([len(p) for p in prompts], np.int32)
+    longest = int(lengths_B.max())
+    width = _bucket(longest, min(self._chunk, self.config.context_length))
+    tokens_BxL = np.zeros((len(prompts), -(-longest // width) * width),
+                          np.int32)
+    for row, prompt in zip(tokens_BxL, prompts):
+      row[:len(prompt)] = prompt
+    next_B = None
+    for start in range(0, longest, width):
+      last_B = lengths_B - 1 - start
+      drawn_B, cache, _ = self._advance(
+          self._params, cache, tokens_BxL[:, start:start + width],
+          np.full_like(lengths_B, start), np.clip(last_B, 0, width - 1), key,
+          sampler)
+      # A row's token is drawn after the chunk that holds its prompt's end.
+      next_B = drawn_B if next_B is None else jnp.where(last_B >= 0, drawn_B,
+                                                        next_B)
+    return next_B, cache
+
   def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                sampler: Sampler, key: jax.Array,
                stop_id: int | None = None) -> Iterator[np.ndarray]:
@@ -115,16 +148,14 @@ class Decoder:
     lengths_B = np.array([len(p) for p in prompts], np.int32)
     limit = self.config.context_length
     steps = min(max_new_tokens, limit - int(lengths_B.max()))
-    padded = _bucket(int(lengths_B.max()), limit)
-    tokens_BxL = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in zip(tokens_BxL, prompts):
-      row[:len(prompt)] = prompt
-    slots = _bucket(padded + steps, limit)
-    cache = empty_cache(self.config, len(prompts), slots, self._dtype)
+    slots = _bucket(int(lengths_B.max()) + steps, limit)
+    attention = (choose_attention(self.config.attention, slots)
+                 if self._skip_keys else "dense")
+    self.attention_implementations = [attention] * self.config.num_layers
+    cache = decoding_cache(self.config, len(prompts), slots, self._dtype,
+                           attention)
     keys = jax.random.split(key, steps)
-    next_B, cache, _ = self._advance(
-        self._params, cache, tokens_BxL, np.zeros_like(lengths_B),
-        lengths_B - 1, keys[0], sampler)
+    next_B, cache = self._prefill(cache, prompts, keys[0], sampler)
     self.statistics = None
     stopped_B = np.zeros(len(prompts), bool)
     for i in range(steps):
