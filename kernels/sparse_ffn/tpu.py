@@ -1,0 +1,271 @@
+"""The operation on a TPU: rows of active neurons are fetched one by one.
+
+XLA computes the scores and lists the neurons that are active for any token. A
+Pallas kernel fetches their rows of `up` and `down` in groups, the next groups'
+on their way while one is multiplied. Where so many are active that reading
+everything is faster, XLA multiplies whole matrices; the result is the same.
+
+In memory a TPU keeps rows of a matrix interleaved, two in a word in bfloat16.
+`layout` stores each row in one piece; do it once, when weights are loaded.
+"""
+
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from sparse_lm.kernels.sparse_ffn import xla
+from sparse_lm.kernels.sparse_ffn.reference import product
+from sparse_lm.kernels.sparse_ffn.select import Activation, Select
+
+# Rows are fetched while fewer than this fraction of the neurons is active for
+# some token. An estimate: a row fetched alone should take as long as four in
+# one piece, of which starting the copy is the most. No TPU has confirmed it.
+STREAM_BELOW = 0.25
+_LANES = 128  # of a register, and neurons in a group
+_SLOTS = 3  # groups in fast memory: one multiplied, two on their way
+_VMEM = 48 * 2**20  # bytes; v5e and v6e have 128 MiB, v7 64
+
+
+def _words(dtype: jax.typing.DTypeLike) -> int:
+  """Numbers in the 32 bits that a copy cannot divide."""
+  return 4 // jnp.dtype(dtype).itemsize
+
+
+def layout(rows_FxD: jax.Array) -> jax.Array:
+  """Rows as the kernel fetches them, (F, P, D / P): P in 32 bits."""
+  words = _words(rows_FxD.dtype)
+  return rows_FxD.reshape(rows_FxD.shape[0], words, -1)
+
+
+def _width(rows_FxPxC: jax.Array) -> int:
+  return math.prod(rows_FxPxC.shape[1:])
+
+
+def _vmem_bytes(batch: int, neurons: int, widths: list[int], size: int) -> int:
+  """What the kernel holds in fast memory."""
+  tokens, width = -(-batch // 8) * 8, sum(widths)
+  return (_SLOTS * _LANES * width * size  # rows
+          + 4 * tokens * (neurons + 2 * width))  # activations, x, y
+
+
+def unsupported(batch: int, up_FxU: jax.Array | None, down_FxD: jax.Array
+                ) -> str | None:
+  """Why the kernel cannot take these; None where it can.
+
+  Args:
+    batch: tokens.
+    up_FxU: None in a plain layer; or its `layout`.
+    down_FxD: or its `layout`.
+  """
+  widths = []
+  for name, rows in (("up_FxU", up_FxU), ("down_FxD", down_FxD)):
+    if rows is None:
+      continue
+    if rows.dtype not in (jnp.bfloat16, jnp.float32):
+      return f"{name} is {rows.dtype}, not bfloat16 or float32"
+    multiple = _words(rows.dtype) * _LANES
+    if _width(rows) % multiple:
+      return (f"{name} has rows of {_width(rows)} numbers, not a multiple of "
+              f"{multiple} ({rows.dtype})")
+    widths.append(_width(rows))
+  needed = _vmem_bytes(batch, down_FxD.shape[0], widths,
+                       down_FxD.dtype.itemsize)
+  if needed > _VMEM:
+    return (f"{batch} tokens, {down_FxD.shape[0]} neurons and rows of "
+            f"{' and '.join(map(str, widths))} numbers need {needed} bytes of "
+            f"fast memory, more than {_VMEM}")
+  return None
+
+
+def _kernel(rows_K, count_1, rows_1xK, activation_BxF, *refs, up_activation):
+  """One call computes everything.
+
+  Args:
+    rows_K: the active neurons in order, for scalars.
+    count_1: how many of them there are.
+    rows_1xK: the active neurons again, for vectors.
+    activation_BxF: of all neurons.
+    *refs: x_up_BxU unless the layer is plain; the matrices in slow memory, up
+      (unless plain) and down; the output y_BxD; a buffer for each matrix,
+      (slot, row of the group, P, C); the slots' semaphores.
+    up_activation: of the other branch.
+  """
+  x_up_BxU = refs[0] if len(refs) == 7 else None
+  matrices, refs = ((refs[1:3], refs[3:]) if x_up_BxU is not None
+                    else (refs[:1], refs[1:]))
+  y_BxD, *buffers, arrived = refs
+  count = count_1[0]
+
+  def rows_in(group):
+    return jnp.clip(count - group * _LANES, 0, _LANES)
+
+  def copies(group, first, size, source):
+    """Of `size` rows of each matrix, to rows `first`... of a group's slot."""
+    slot = jax.lax.rem(group, _SLOTS)
+    return [pltpu.make_async_copy(
+        matrix.at[pl.ds(source, size)],
+        buffer.at[slot, pl.ds(first, size)], arrived.at[slot])
+            for matrix, buffer in zip(matrices, buffers, strict=True)]
+
+  def start(group):
+    @pl.loop(0, rows_in(group))
+    def _(j):
+      for copy in copies(group, j, 1, rows_K[group * _LANES + j]):
+        copy.start()
+
+  def wait(group):
+    # Only sizes count here, not which row it was.
+    full = rows_in(group) == _LANES
+
+    @pl.when(full)
+    def _():
+      for copy in copies(group, 0, _LANES, 0):
+        copy.wait()
+
+    @pl.when(jnp.logical_not(full))
+    def _():
+      @pl.loop(0, rows_in(group))
+      def _(j):
+        for copy in copies(group, j, 1, 0):
+          copy.wait()
+
+  def pick(group):
+    """The activations of a group's neurons (B, G), 0 beyond the last one."""
+    first = pl.multiple_of(group * _LANES, _LANES)
+    row_BxG = jnp.broadcast_to(rows_1xK[:, pl.ds(first, _LANES)],
+                               (activation_BxF.shape[0], _LANES))
+
+    def add(tile, picked_BxG):
+      start = pl.multiple_of(tile * _LANES, _LANES)
+      lane_BxG = row_BxG - start
+      here_BxG = (lane_BxG >= 0) & (lane_BxG < _LANES)
+      found_BxG = jnp.take_along_axis(
+          activation_BxF[:, pl.ds(start, _LANES)],
+          jnp.where(here_BxG, lane_BxG, 0), axis=1,
+          mode="promise_in_bounds")
+      return jnp.where(here_BxG, found_BxG, picked_BxG)
+
+    last = first + rows_in(group) - 1
+    return jax.lax.fori_loop(
+        jax.lax.div(rows_K[first], _LANES),
+        jax.lax.div(rows_K[last], _LANES) + 1, add,
+        jnp.zeros(row_BxG.shape, jnp.float32))
+
+  def multiply(group):
+    slot = jax.lax.rem(group, _SLOTS)
+    there = rows_in(group)
+    hidden_BxG = pick(group)
+    down_GxPxC = buffers[-1].at[slot]
+
+    # What no copy has filled may hold anything, NaN too.
+    @pl.when(there < _LANES)
+    def _():
+      row_GxPxC = jax.lax.broadcasted_iota(jnp.int32, down_GxPxC.shape, 0)
+      down_GxPxC[...] = jnp.where(row_GxPxC < there, down_GxPxC[...], 0)
+
+    if x_up_BxU is not None:
+      up_GxPxC = buffers[0].at[slot]
+      branch_BxG = jnp.zeros(hidden_BxG.shape, jnp.float32)
+      width = up_GxPxC.shape[2]
+      for p in range(up_GxPxC.shape[1]):
+        branch_BxG += product(x_up_BxU[:, p * width:(p + 1) * width],
+                              up_GxPxC[:, p])
+      lane_BxG = jax.lax.broadcasted_iota(jnp.int32, hidden_BxG.shape, 1)
+      hidden_BxG = jnp.where(lane_BxG < there,
+                             hidden_BxG * up_activation(branch_BxG), 0)
+    width = down_GxPxC.shape[2]
+    for p in range(down_GxPxC.shape[1]):
+      y_BxD[:, p * width:(p + 1) * width] += jnp.dot(
+          hidden_BxG.astype(down_GxPxC.dtype), down_GxPxC[:, p],
+          preferred_element_type=jnp.float32)
+
+  y_BxD[...] = jnp.zeros(y_BxD.shape, jnp.float32)
+  for group in range(_SLOTS - 1):
+    start(group)
+
+  @pl.loop(0, jax.lax.div(count + _LANES - 1, _LANES))
+  def _(group):
+    start(group + _SLOTS - 1)
+    wait(group)
+    multiply(group)
+
+
+def _pad(array: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
+  pads = [(0, 0)] * array.ndim
+  pads[axis] = (0, -array.shape[axis] % multiple)
+  return jnp.pad(array, pads, constant_values=value)
+
+
+def _streamed(active_F, activation_BxF, x_up_BxU, up_FxPxC, down_FxPxC,
+              up_activation):
+  """The output (B, D) in float32, fewer than STREAM_BELOW * F are active."""
+  batch, neurons = activation_BxF.shape
+  # Those that are not active come last: the number that no neuron has.
+  rows_F = jnp.sort(jnp.where(active_F, jnp.arange(neurons), neurons))
+  capacity = math.ceil(STREAM_BELOW * neurons)
+  rows_K = _pad(rows_F[:capacity], 0, _LANES, neurons)
+  activation_BxF = _pad(_pad(activation_BxF, 0, 8), 1, _LANES)
+  inputs, matrices = [activation_BxF], [down_FxPxC]
+  if up_FxPxC is not None:
+    inputs.append(_pad(x_up_BxU, 0, 8))
+    matrices.insert(0, up_FxPxC)
+  vmem, hbm = (pl.BlockSpec(memory_space=m) for m in (pltpu.VMEM, pl.ANY))
+  needed = _vmem_bytes(batch, neurons, [_width(m) for m in matrices],
+                       down_FxPxC.dtype.itemsize)
+  y_BxD = pl.pallas_call(
+      functools.partial(_kernel, up_activation=up_activation),
+      out_shape=jax.ShapeDtypeStruct(
+          (activation_BxF.shape[0], _width(down_FxPxC)), jnp.float32),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=2, grid=(),
+          in_specs=[vmem] * (1 + len(inputs)) + [hbm] * len(matrices),
+          out_specs=vmem,
+          scratch_shapes=[
+              pltpu.VMEM((_SLOTS, _LANES, *m.shape[1:]), m.dtype)
+              for m in matrices] + [pltpu.SemaphoreType.DMA((_SLOTS,))]),
+      compiler_params=pltpu.CompilerParams(
+          # And room for what the compiler keeps there itself.
+          vmem_limit_bytes=needed + 8 * 2**20),
+      name="sparse_ffn",
+  )(rows_K, active_F.sum(dtype=jnp.int32)[None], rows_K[None], *inputs,
+    *matrices)
+  return y_BxD[:batch]
+
+
+def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
+               gate_FxR: jax.Array, up_FxU: jax.Array | None,
+               down_FxD: jax.Array, select: Select,
+               up_activation: Activation) -> tuple[jax.Array, jax.Array]:
+  """As `api.sparse_ffn`, but `up` and `down` may be `layout`s.
+
+  They should be: otherwise each call lays them out, which reads all of them.
+
+  Raises:
+    ValueError: on what is `unsupported`.
+  """
+  batch = x_gate_BxR.shape[0]
+  if reason := unsupported(batch, up_FxU, down_FxD):
+    raise ValueError(reason)
+  up_FxPxC, down_FxPxC = (
+      a if a is None or a.ndim == 3 else layout(a) for a in (up_FxU, down_FxD))
+  activation_BxF = select(product(x_gate_BxR, gate_FxR))
+  active_F = (activation_BxF != 0).any(0)
+
+  def stream():
+    return _streamed(active_F, activation_BxF, x_up_BxU, up_FxPxC, down_FxPxC,
+                     up_activation)
+
+  def multiply():
+    x_up_BxPxC = (None if x_up_BxU is None
+                  else x_up_BxU.reshape(batch, *up_FxPxC.shape[1:]))
+    return xla.dense(activation_BxF, x_up_BxPxC, up_FxPxC, down_FxPxC,
+                     up_activation).reshape(batch, -1)
+
+  few = active_F.sum() < STREAM_BELOW * active_F.size
+  y_BxD = jax.lax.cond(few, stream, multiply)
+  return (y_BxD.astype(x_gate_BxR.dtype),
+          jnp.count_nonzero(activation_BxF, axis=-1))
