@@ -1,15 +1,24 @@
 """One signature for every implementation of the sparse feed-forward layer."""
 
 from collections.abc import Callable
+import math
 
 import jax
 
 from sparse_lm.kernels.sparse_ffn import reference, xla
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
+
+def _pallas_tpu(*args) -> tuple[jax.Array, jax.Array]:
+  # Pallas is imported where it is used alone.
+  from sparse_lm.kernels.sparse_ffn import tpu  # pylint: disable=g-import-not-at-top
+  return tpu.sparse_ffn(*args)
+
+
 # By name. `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, Callable] = {
-    "xla": xla.sparse_ffn, "reference": reference.sparse_ffn}
+    "xla": xla.sparse_ffn, "reference": reference.sparse_ffn,
+    "pallas_tpu": _pallas_tpu}
 
 
 def choose(platform: str) -> str | None:
@@ -44,8 +53,8 @@ def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
     x_gate_BxR: what the gate reads, B tokens: Spark's first R dims, or all.
     x_up_BxU: what `up` reads; None in a plain layer.
     gate_FxR: the gate, or predictor.
-    up_FxU: None in a plain layer.
-    down_FxD: as training has it.
+    up_FxU: None in a plain layer. A `tpu.layout` for "pallas_tpu".
+    down_FxD: as training has it. A `tpu.layout` for "pallas_tpu".
     select: from scores (B, F) in float32 to activations, exactly 0 where
       inactive: threshold and activation function. See `select.py`.
     up_activation: of the other branch, elementwise.
@@ -62,12 +71,16 @@ def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
     raise ValueError(f"implementation={implementation!r} is not one of "
                      f"{', '.join(IMPLEMENTATIONS)}")
   neurons = gate_FxR.shape[0]
-  expected = [("gate_FxR", gate_FxR, (neurons, x_gate_BxR.shape[1])),
-              ("down_FxD", down_FxD, (neurons, down_FxD.shape[1]))]
+  expected = [("gate_FxR", gate_FxR, x_gate_BxR.shape[1]),
+              ("down_FxD", down_FxD, math.prod(down_FxD.shape[1:]))]
   if up_FxU is not None:
-    expected.append(("up_FxU", up_FxU, (neurons, x_up_BxU.shape[1])))
-  for name, array, shape in expected:
-    if array.shape != shape:
-      raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    expected.append(("up_FxU", up_FxU, x_up_BxU.shape[1]))
+  for name, array, width in expected:
+    laid_out = implementation == "pallas_tpu" and array.ndim == 3
+    found = ((array.shape[0], math.prod(array.shape[1:])) if laid_out
+             else array.shape)
+    if found != (neurons, width):
+      raise ValueError(
+          f"{name} has shape {array.shape}, expected {(neurons, width)}")
   return IMPLEMENTATIONS[implementation](
       x_gate_BxR, x_up_BxU, gate_FxR, up_FxU, down_FxD, select, up_activation)

@@ -7,12 +7,8 @@ from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
 
 def product(x_BxR: jax.Array, rows_FxR: jax.Array) -> jax.Array:
-  """rows x: one number a row of the matrix (B, F), in float32.
-
-  Both may have more axes: all but the first are summed over.
-  """
-  axes = tuple(range(1, x_BxR.ndim))
-  return jax.lax.dot_general(x_BxR, rows_FxR, ((axes, axes), ((), ())),
+  """rows x: one number a row of the matrix (B, F), in float32."""
+  return jax.lax.dot_general(x_BxR, rows_FxR, (((1,), (1,)), ((), ())),
                              preferred_element_type=jnp.float32)
 
 

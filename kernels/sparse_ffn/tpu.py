@@ -3,7 +3,8 @@
 XLA computes the scores and lists the neurons that are active for any token. A
 Pallas kernel fetches their rows of `up` and `down` in groups, the next groups'
 on their way while one is multiplied. Where so many are active that reading
-everything is faster, XLA multiplies whole matrices; the result is the same.
+everything is faster, the list is of all neurons, and a group is fetched in one
+piece. XLA never sees a use of the matrices: it would fetch all of them ahead.
 
 In memory a TPU keeps rows of a matrix interleaved, two in a word in bfloat16.
 `layout` stores each row in one piece; do it once, when weights are loaded.
@@ -17,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from sparse_lm.kernels.sparse_ffn import xla
 from sparse_lm.kernels.sparse_ffn.reference import product
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
@@ -71,6 +71,8 @@ def unsupported(batch: int, up_FxU: jax.Array | None, down_FxD: jax.Array
     if _width(rows) % multiple:
       return (f"{name} has rows of {_width(rows)} numbers, not a multiple of "
               f"{multiple} ({rows.dtype})")
+    if rows.dtype != down_FxD.dtype:
+      return f"up_FxU is {rows.dtype}, down_FxD {down_FxD.dtype}"
     widths.append(_width(rows))
   needed = _vmem_bytes(batch, down_FxD.shape[0], widths,
                        down_FxD.dtype.itemsize)
@@ -81,13 +83,13 @@ def unsupported(batch: int, up_FxU: jax.Array | None, down_FxD: jax.Array
   return None
 
 
-def _kernel(rows_K, count_1, rows_1xK, activation_BxF, *refs, up_activation):
+def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
   """One call computes everything.
 
   Args:
-    rows_K: the active neurons in order, for scalars.
+    rows_F: the neurons whose rows are read, in order; for scalars.
     count_1: how many of them there are.
-    rows_1xK: the active neurons again, for vectors.
+    rows_1xF: the same neurons, for vectors.
     activation_BxF: of all neurons.
     *refs: x_up_BxU unless the layer is plain; the matrices in slow memory, up
       (unless plain) and down; the output y_BxD; a buffer for each matrix,
@@ -112,10 +114,24 @@ def _kernel(rows_K, count_1, rows_1xK, activation_BxF, *refs, up_activation):
             for matrix, buffer in zip(matrices, buffers, strict=True)]
 
   def start(group):
-    @pl.loop(0, rows_in(group))
-    def _(j):
-      for copy in copies(group, j, 1, rows_K[group * _LANES + j]):
-        copy.start()
+    first = group * _LANES
+
+    @pl.when(first < count)
+    def _():
+      together = (rows_in(group) == _LANES) & (
+          rows_F[first + _LANES - 1] - rows_F[first] == _LANES - 1)
+
+      @pl.when(together)
+      def _():
+        for copy in copies(group, 0, _LANES, rows_F[first]):
+          copy.start()
+
+      @pl.when(jnp.logical_not(together))
+      def _():
+        @pl.loop(0, rows_in(group))
+        def _(j):
+          for copy in copies(group, j, 1, rows_F[first + j]):
+            copy.start()
 
   def wait(group):
     # Only sizes count here, not which row it was.
@@ -136,7 +152,7 @@ def _kernel(rows_K, count_1, rows_1xK, activation_BxF, *refs, up_activation):
   def pick(group):
     """The activations of a group's neurons (B, G), 0 beyond the last one."""
     first = pl.multiple_of(group * _LANES, _LANES)
-    row_BxG = jnp.broadcast_to(rows_1xK[:, pl.ds(first, _LANES)],
+    row_BxG = jnp.broadcast_to(rows_1xF[:, pl.ds(first, _LANES)],
                                (activation_BxF.shape[0], _LANES))
 
     def add(tile, picked_BxG):
@@ -151,8 +167,8 @@ def _kernel(rows_K, count_1, rows_1xK, activation_BxF, *refs, up_activation):
 
     last = first + rows_in(group) - 1
     return jax.lax.fori_loop(
-        jax.lax.div(rows_K[first], _LANES),
-        jax.lax.div(rows_K[last], _LANES) + 1, add,
+        jax.lax.div(rows_F[first], _LANES),
+        jax.lax.div(rows_F[last], _LANES) + 1, add,
         jnp.zeros(row_BxG.shape, jnp.float32))
 
   def multiply(group):
@@ -200,19 +216,19 @@ def _pad(array: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
   return jnp.pad(array, pads, constant_values=value)
 
 
-def _streamed(active_F, activation_BxF, x_up_BxU, up_FxPxC, down_FxPxC,
+def _multiply(rows_F, count, activation_BxF, x_up_BxU, up_FxPxC, down_FxPxC,
               up_activation):
-  """The output (B, D) in float32, fewer than STREAM_BELOW * F are active."""
+  """The output (B, D) in float32, `count` rows read."""
   batch, neurons = activation_BxF.shape
-  # Those that are not active come last: the number that no neuron has.
-  rows_F = jnp.sort(jnp.where(active_F, jnp.arange(neurons), neurons))
-  capacity = math.ceil(STREAM_BELOW * neurons)
-  rows_K = _pad(rows_F[:capacity], 0, _LANES, neurons)
+  rows_F = _pad(rows_F, 0, _LANES, neurons)
   activation_BxF = _pad(_pad(activation_BxF, 0, 8), 1, _LANES)
   inputs, matrices = [activation_BxF], [down_FxPxC]
   if up_FxPxC is not None:
     inputs.append(_pad(x_up_BxU, 0, 8))
     matrices.insert(0, up_FxPxC)
+  # Else XLA may fetch all of a matrix ahead, where it finds the time.
+  matrices = [pltpu.with_memory_space_constraint(m, pltpu.HBM)
+              for m in matrices]
   vmem, hbm = (pl.BlockSpec(memory_space=m) for m in (pltpu.VMEM, pl.ANY))
   needed = _vmem_bytes(batch, neurons, [_width(m) for m in matrices],
                        down_FxPxC.dtype.itemsize)
@@ -231,8 +247,7 @@ def _streamed(active_F, activation_BxF, x_up_BxU, up_FxPxC, down_FxPxC,
           # And room for what the compiler keeps there itself.
           vmem_limit_bytes=needed + 8 * 2**20),
       name="sparse_ffn",
-  )(rows_K, active_F.sum(dtype=jnp.int32)[None], rows_K[None], *inputs,
-    *matrices)
+  )(rows_F, count[None], rows_F[None], *inputs, *matrices)
   return y_BxD[:batch]
 
 
@@ -254,18 +269,12 @@ def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
       a if a is None or a.ndim == 3 else layout(a) for a in (up_FxU, down_FxD))
   activation_BxF = select(product(x_gate_BxR, gate_FxR))
   active_F = (activation_BxF != 0).any(0)
-
-  def stream():
-    return _streamed(active_F, activation_BxF, x_up_BxU, up_FxPxC, down_FxPxC,
-                     up_activation)
-
-  def multiply():
-    x_up_BxPxC = (None if x_up_BxU is None
-                  else x_up_BxU.reshape(batch, *up_FxPxC.shape[1:]))
-    return xla.dense(activation_BxF, x_up_BxPxC, up_FxPxC, down_FxPxC,
-                     up_activation).reshape(batch, -1)
-
-  few = active_F.sum() < STREAM_BELOW * active_F.size
-  y_BxD = jax.lax.cond(few, stream, multiply)
+  neurons = active_F.size
+  read_F = active_F | (active_F.sum() >= STREAM_BELOW * neurons)
+  # Those that are not read come last, as a number that no neuron has.
+  rows_F = jnp.sort(jnp.where(read_F, jnp.arange(neurons), neurons),
+                    stable=False)
+  y_BxD = _multiply(rows_F, read_F.sum(dtype=jnp.int32), activation_BxF,
+                    x_up_BxU, up_FxPxC, down_FxPxC, up_activation)
   return (y_BxD.astype(x_gate_BxR.dtype),
           jnp.count_nonzero(activation_BxF, axis=-1))

@@ -19,18 +19,12 @@ STREAM_BELOW = 0.25
 _ROWS = 8
 
 
-def dense(activation_BxF: jax.Array, x_up_BxU: jax.Array | None,
-          up_FxU: jax.Array | None, down_FxD: jax.Array,
-          up_activation: Activation) -> jax.Array:
-  """The output (B, D) in float32, all rows read.
-
-  Instead of U and D there may be several axes, the same in all arrays.
-  """
+def _dense(activation_BxF, x_up_BxU, up_FxU, down_FxD, up_activation):
   hidden_BxF = activation_BxF
   if up_FxU is not None:
     hidden_BxF = hidden_BxF * up_activation(product(x_up_BxU, up_FxU))
-  return jnp.tensordot(hidden_BxF.astype(down_FxD.dtype), down_FxD, axes=1,
-                       preferred_element_type=jnp.float32)
+  return jnp.dot(hidden_BxF.astype(down_FxD.dtype), down_FxD,
+                 preferred_element_type=jnp.float32)
 
 
 def _streamed(activation_F, x_up_U, up_FxU, down_FxD, up_activation):
@@ -69,7 +63,7 @@ def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
         (activation_BxF, x_up_BxU))
 
   def multiply():
-    return dense(activation_BxF, x_up_BxU, up_FxU, down_FxD, up_activation)
+    return _dense(activation_BxF, x_up_BxU, up_FxU, down_FxD, up_activation)
 
   few = active_B.sum() < STREAM_BELOW * activation_BxF.shape[1]
   y_BxD = jax.lax.cond(few, stream, multiply)
