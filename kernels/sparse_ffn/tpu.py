@@ -61,6 +61,8 @@ def unsupported(batch: int, up_FxU: jax.Array | None, down_FxD: jax.Array
     up_FxU: None in a plain layer; or its `layout`.
     down_FxD: or its `layout`.
   """
+  if down_FxD.shape[0] < _LANES:
+    return f"down_FxD has {down_FxD.shape[0]} rows, fewer than {_LANES}"
   widths = []
   for name, rows in (("up_FxU", up_FxU), ("down_FxD", down_FxD)):
     if rows is None:
@@ -200,7 +202,9 @@ def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
           preferred_element_type=jnp.float32)
 
   y_BxD[...] = jnp.zeros(y_BxD.shape, jnp.float32)
-  for group in range(_SLOTS - 1):
+
+  @pl.loop(0, _SLOTS - 1)
+  def _(group):
     start(group)
 
   @pl.loop(0, jax.lax.div(count + _LANES - 1, _LANES))
