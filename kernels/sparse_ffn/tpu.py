@@ -22,10 +22,12 @@ from sparse_lm.kernels.sparse_ffn.reference import product
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
 # Rows are fetched while fewer than this fraction of the neurons is active for
-# some token. An estimate: a row fetched alone should take as long as four in
-# one piece, of which starting the copy is the most. No TPU has confirmed it.
-STREAM_BELOW = 0.25
+# some token. An estimate for Gemma-2 2B's widths in bfloat16, of instructions
+# and bytes: a row costs 15 cycles alone, and in one piece the time that its
+# bytes take, 13 cycles of a v5e and 8 of a v6e. No TPU has confirmed it.
+STREAM_BELOW = 0.5
 _LANES = 128  # of a register, and neurons in a group
+_UNROLL = 8  # copies started in one turn of the loop: their addresses overlap
 _SLOTS = 3  # groups in fast memory: one multiplied, two on their way
 _VMEM = 48 * 2**20  # bytes; v5e and v6e have 128 MiB, v7 64
 
@@ -88,6 +90,10 @@ def unsupported(batch: int, up_FxU: jax.Array | None, down_FxD: jax.Array
 def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
   """One call computes everything.
 
+  Two rows of a bfloat16 matrix make the words of one row of a (G P, C) matrix
+  here: so a neuron's row of U numbers is P rows of C, and nothing is unpacked.
+  J are a group's neurons, each P times.
+
   Args:
     rows_F: the neurons whose rows are read, in order; for scalars.
     count_1: how many of them there are.
@@ -103,6 +109,12 @@ def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
                     else (refs[:1], refs[1:]))
   y_BxD, *buffers, arrived = refs
   count = count_1[0]
+  words = buffers[0].shape[2]
+  lanes = words * _LANES
+
+  def parts(x_BxU):
+    """The parts of each token that words keep together, (P B, C)."""
+    return jnp.concatenate(jnp.split(x_BxU, words, axis=1))
 
   def rows_in(group):
     return jnp.clip(count - group * _LANES, 0, _LANES)
@@ -130,10 +142,18 @@ def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
 
       @pl.when(jnp.logical_not(together))
       def _():
-        @pl.loop(0, rows_in(group))
-        def _(j):
+        turns = jax.lax.div(rows_in(group), _UNROLL)
+
+        def fetch(j):
           for copy in copies(group, j, 1, rows_F[first + j]):
             copy.start()
+
+        @pl.loop(0, turns)
+        def _(turn):
+          for j in range(_UNROLL):
+            fetch(turn * _UNROLL + j)
+
+        pl.loop(turns * _UNROLL, rows_in(group))(fetch)
 
   def wait(group):
     # Only sizes count here, not which row it was.
@@ -151,8 +171,12 @@ def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
         for copy in copies(group, j, 1, 0):
           copy.wait()
 
+  def take(array_BxG, lane_BxG):
+    return jnp.take_along_axis(array_BxG, lane_BxG, axis=1,
+                               mode="promise_in_bounds")
+
   def pick(group):
-    """The activations of a group's neurons (B, G), 0 beyond the last one."""
+    """The activations of a group's neurons (B, J), 0 beyond the last one."""
     first = pl.multiple_of(group * _LANES, _LANES)
     row_BxG = jnp.broadcast_to(rows_1xF[:, pl.ds(first, _LANES)],
                                (activation_BxF.shape[0], _LANES))
@@ -161,22 +185,27 @@ def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
       start = pl.multiple_of(tile * _LANES, _LANES)
       lane_BxG = row_BxG - start
       here_BxG = (lane_BxG >= 0) & (lane_BxG < _LANES)
-      found_BxG = jnp.take_along_axis(
-          activation_BxF[:, pl.ds(start, _LANES)],
-          jnp.where(here_BxG, lane_BxG, 0), axis=1,
-          mode="promise_in_bounds")
+      found_BxG = take(activation_BxF[:, pl.ds(start, _LANES)],
+                       jnp.where(here_BxG, lane_BxG, 0))
       return jnp.where(here_BxG, found_BxG, picked_BxG)
 
     last = first + rows_in(group) - 1
-    return jax.lax.fori_loop(
+    picked_BxG = jax.lax.fori_loop(
         jax.lax.div(rows_F[first], _LANES),
         jax.lax.div(rows_F[last], _LANES) + 1, add,
         jnp.zeros(row_BxG.shape, jnp.float32))
+    lane_BxG = jax.lax.broadcasted_iota(jnp.int32, row_BxG.shape, 1)
+    return jnp.concatenate([
+        take(picked_BxG, jax.lax.div(p * _LANES + lane_BxG, words))
+        for p in range(words)], axis=1)
 
   def multiply(group):
     slot = jax.lax.rem(group, _SLOTS)
     there = rows_in(group)
-    hidden_BxG = pick(group)
+    hidden_BxJ = pick(group)
+    tokens = hidden_BxJ.shape[0]
+    lane_BxJ = jax.lax.broadcasted_iota(jnp.int32, hidden_BxJ.shape, 1)
+    word_BxJ = jax.lax.rem(lane_BxJ, words)
     down_GxPxC = buffers[-1].at[slot]
 
     # What no copy has filled may hold anything, NaN too.
@@ -185,21 +214,32 @@ def _kernel(rows_F, count_1, rows_1xF, activation_BxF, *refs, up_activation):
       row_GxPxC = jax.lax.broadcasted_iota(jnp.int32, down_GxPxC.shape, 0)
       down_GxPxC[...] = jnp.where(row_GxPxC < there, down_GxPxC[...], 0)
 
+    def rows_of(buffer):
+      return buffer[slot].reshape(lanes, buffer.shape[-1])
+
     if x_up_BxU is not None:
-      up_GxPxC = buffers[0].at[slot]
-      branch_BxG = jnp.zeros(hidden_BxG.shape, jnp.float32)
-      width = up_GxPxC.shape[2]
-      for p in range(up_GxPxC.shape[1]):
-        branch_BxG += product(x_up_BxU[:, p * width:(p + 1) * width],
-                              up_GxPxC[:, p])
-      lane_BxG = jax.lax.broadcasted_iota(jnp.int32, hidden_BxG.shape, 1)
-      hidden_BxG = jnp.where(lane_BxG < there,
-                             hidden_BxG * up_activation(branch_BxG), 0)
-    width = down_GxPxC.shape[2]
-    for p in range(down_GxPxC.shape[1]):
-      y_BxD[:, p * width:(p + 1) * width] += jnp.dot(
-          hidden_BxG.astype(down_GxPxC.dtype), down_GxPxC[:, p],
-          preferred_element_type=jnp.float32)
+      # Every part of x times every part of a row; J then has, of each, the
+      # part of the row times that of x. A neuron's sum is over its lanes.
+      product_PBxJ = product(parts(x_up_BxU[...]), rows_of(buffers[0]))
+      branch_BxJ = product_PBxJ[:tokens]
+      for p in range(1, words):
+        branch_BxJ = jnp.where(
+            word_BxJ == p, product_PBxJ[p * tokens:(p + 1) * tokens],
+            branch_BxJ)
+      if words == 2:
+        branch_BxJ += jnp.where(word_BxJ == 0,
+                                pltpu.roll(branch_BxJ, lanes - 1, 1),
+                                pltpu.roll(branch_BxJ, 1, 1))
+      hidden_BxJ = jnp.where(lane_BxJ < there * words,
+                             hidden_BxJ * up_activation(branch_BxJ), 0)
+    hidden_PBxJ = jnp.concatenate(
+        [jnp.where(word_BxJ == p, hidden_BxJ, 0) for p in range(words)])
+    y_PBxC = jnp.dot(hidden_PBxJ.astype(down_GxPxC.dtype), rows_of(buffers[-1]),
+                     preferred_element_type=jnp.float32)
+    width = y_PBxC.shape[1]
+    for p in range(words):
+      y_BxD[:, p * width:(p + 1) * width] += (
+          y_PBxC[p * tokens:(p + 1) * tokens])
 
   y_BxD[...] = jnp.zeros(y_BxD.shape, jnp.float32)
 
@@ -249,7 +289,9 @@ def _multiply(rows_F, count, activation_BxF, x_up_BxU, up_FxPxC, down_FxPxC,
               for m in matrices] + [pltpu.SemaphoreType.DMA((_SLOTS,))]),
       compiler_params=pltpu.CompilerParams(
           # And room for what the compiler keeps there itself.
-          vmem_limit_bytes=needed + 8 * 2**20),
+          vmem_limit_bytes=needed + 8 * 2**20,
+          # Half of the time that it takes to start a copy.
+          disable_bounds_checks=True),
       name="sparse_ffn",
   )(rows_F, count[None], rows_F[None], *inputs, *matrices)
   return y_BxD[:batch]

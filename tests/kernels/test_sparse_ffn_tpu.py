@@ -12,7 +12,7 @@ from unittest import mock
 import hypothesis
 from hypothesis import strategies as st
 import jax
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +85,7 @@ def run_select(arrays, select, *operands, up_activation=identity,
   with pltpu.force_tpu_interpret_mode(INTERPRET):
     outputs = jax.block_until_ready(
         _run(arrays, select, up_activation, stream_below, *operands))
-  assert interpreter.races is not None and not interpreter.races.races_found
+  assert not interpret_pallas_call.races.races_found
   return outputs
 
 
