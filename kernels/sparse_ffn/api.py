@@ -11,7 +11,8 @@ from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
 def _pallas_tpu(*args) -> tuple[jax.Array, jax.Array]:
   # Pallas is imported where it is used alone.
-  from sparse_lm.kernels.sparse_ffn import tpu  # pylint: disable=g-import-not-at-top
+  # pylint: disable-next=g-import-not-at-top
+  from sparse_lm.kernels.sparse_ffn import tpu
   return tpu.sparse_ffn(*args)
 
 
