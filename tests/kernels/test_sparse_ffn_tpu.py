@@ -110,6 +110,8 @@ def assert_close(y, expected, dtype):
 @hypothesis.settings(deadline=None, max_examples=6)
 @hypothesis.example(1, 0, jnp.float32, 0, False, F, ROWS)
 @hypothesis.example(64, 0, jnp.bfloat16, 1, False, F, ROWS)
+# More groups than there are slots.
+@hypothesis.example(1, 0, jnp.bfloat16, 0.8, False, 800, ROWS)
 @hypothesis.example(1, 0, jnp.bfloat16, 0.1, False, F, tpu.STREAM_BELOW)
 @hypothesis.example(5, 0, jnp.float32, 0.02, True, 256, tpu.STREAM_BELOW)
 def test_against_the_formula(batch, seed, dtype, fraction, plain, neurons,
