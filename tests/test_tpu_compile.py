@@ -1,17 +1,12 @@
 """Programs for TPUs, compiled with no TPU at hand."""
 
-import importlib.util
 import json
 import math
-import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-LIBRARY = (pathlib.Path(__file__).parents[1]
-           / ".venv" / "libtpu" / "libtpu" / "libtpu.so")
 HBM = 15.75e9  # of a v5e chip's 16 GB, what libtpu lets a program use
 
 # In a process of its own: libtpu is loaded, and jax flags are those of a user.
@@ -30,24 +25,11 @@ print(json.dumps(dict(
 """
 
 
-def environment() -> dict[str, str]:
-  """The environment of a process that finds libtpu; skips where none is."""
-  env = dict(os.environ, JAX_PLATFORMS="cpu")
-  if not os.path.isfile(env.get("TPU_LIBRARY_PATH", "")):
-    env.pop("TPU_LIBRARY_PATH", None)
-    if LIBRARY.is_file():
-      env["TPU_LIBRARY_PATH"] = str(LIBRARY)
-    elif not importlib.util.find_spec("libtpu"):
-      pytest.skip("no libtpu: pip install --target .venv/libtpu libtpu "
-                  "(Linux on x86-64 alone)")
-  return env
-
-
 @pytest.mark.tpu_compile
-def test_the_2b_training_step_fits_a_v5e_pod():
+def test_the_2b_training_step_fits_a_v5e_pod(libtpu_environment):
   process = subprocess.run(
-      [sys.executable, "-c", SCRIPT], env=environment(), capture_output=True,
-      text=True, timeout=1800, check=False)
+      [sys.executable, "-c", SCRIPT], env=libtpu_environment,
+      capture_output=True, text=True, timeout=1800, check=False)
   assert process.returncode == 0, process.stderr[-4000:]
   report = json.loads(process.stdout.splitlines()[-1])
   shapes = report.pop("shapes")
