@@ -5,7 +5,9 @@
   python -m sparse_lm.benchmark --suite=attention_training
   python -m sparse_lm.benchmark --suite=topk_training
 
-ffn: one feed-forward layer at the shapes of Gemma-2 2B, for 1 and more tokens.
+ffn: one feed-forward layer at the shapes of Gemma-2 2B, for 1 and more tokens,
+Spark's against the dense one, XLA's and PyTorch's where that is installed.
+relu_ffn: the same of a gated layer with no predictor, 1% of its neurons active.
 decode: whole models, configs/spark_2b.py against configs/gemma2_2b.py, with as
 many layers as --layers says. Weights are random: what is measured is time, at
 the active fraction that the sparsifier aims at. Beside each time stands the
@@ -41,11 +43,11 @@ def _numbers(flag: str, text: str, example: str = "1,8", separator: str = ",",
 def main(argv: Sequence[str]) -> None:
   parser = cli.Parser(__doc__, "benchmark")
   parser.add_argument("--suite", required=True, choices=(
-      "ffn", "decode", "attention_training", "topk_training"))
+      "ffn", "relu_ffn", "decode", "attention_training", "topk_training"))
   parser.add_argument("--layers", type=int, default=4, help="distinct layers, "
                       "so that none stays in a cache (default: 4)")
-  parser.add_argument("--tokens", default="1,2,4,8,32", help="ffn: tokens at a "
-                      "time (default: 1,2,4,8,32)")
+  parser.add_argument("--tokens", default="1,2,4,8,32", help="ffn, relu_ffn: "
+                      "tokens at a time (default: 1,2,4,8,32)")
   parser.add_argument("--prompts", default="256,1024", help="decode: tokens in "
                       "the cache (default: 256,1024)")
   parser.add_argument("--lengths", default="2048,8192", help="attention_"
@@ -73,8 +75,9 @@ def main(argv: Sequence[str]) -> None:
   elif args.suite == "topk_training":
     result = timing.time_topk(*_numbers("shape", args.shape,
                                         "64,48,256,16", count=4))
-  elif args.suite == "ffn":
-    result = timing.time_ffn(args.layers, _numbers("tokens", args.tokens))
+  elif args.suite.endswith("ffn"):
+    result = timing.time_ffn(args.suite, args.layers,
+                             _numbers("tokens", args.tokens))
   else:
     result = timing.time_decode(args.layers, _numbers("prompts", args.prompts))
   print(timing.table(result))

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
+import math
 import statistics
 import time
 from typing import Any
@@ -13,43 +15,47 @@ import numpy as np
 
 from sparse_lm.config import FFNConfig, LinearInputsConfig, ModelConfig
 from sparse_lm.configs import gemma2_2b, spark_2b
+from sparse_lm.decoding import torch_baseline
 from sparse_lm.decoding.decoder import Decoder
 from sparse_lm.decoding.layers import NeuronMajorFFN
 from sparse_lm.decoding.samplers import Greedy
-from sparse_lm.errors import UserError
 from sparse_lm.kernels.sparse_ffn import choose
 from sparse_lm.model import Transformer
+from sparse_lm.model.activity import DECODING
 from sparse_lm.model.ffn import FFN
 from sparse_lm.model.transformer import compute_dtype
 
 Result = dict[str, Any]
 
 
-def seconds(run: Callable[[], Any], repeats: int = 7) -> float:
-  """Median time of a call, its arrays ready, after one to warm up."""
-  jax.block_until_ready(run())
-  laps = []
-  for _ in range(repeats):
+def seconds(run: Callable[[], Any], repeats: int = 7,
+            wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
+  """Median time of a call, after one to warm up.
+
+  Args:
+    run: the call; it may return before its work is done.
+    repeats: laps, each of as many calls as fill 50 ms.
+    wait: for what a call has returned.
+  """
+  def lap(calls: int) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(run())
-    laps.append(time.perf_counter() - start)
-  return statistics.median(laps)
+    for _ in range(calls):
+      result = run()
+    wait(result)
+    return (time.perf_counter() - start) / calls
+
+  lap(1)
+  calls = max(1, round(0.05 / lap(1)))
+  return statistics.median(lap(calls) for _ in range(repeats))
 
 
-def read_bandwidth(size: int = 2**28) -> float:
+def read_bandwidth(size: int | None = None) -> float:
   """Bytes a second at which the device reads a large array to add it up."""
+  if size is None:
+    size = 2**28 if jax.default_backend() == "cpu" else 2**32
   x = jnp.ones(size // 4, jnp.float32)
   total = jax.jit(jnp.sum)
   return size / seconds(lambda: total(x))
-
-
-def _kernel() -> str:
-  platform = jax.default_backend()
-  kernel = choose(platform)
-  if kernel is None:
-    raise UserError(f"no sparse kernel for a {platform} yet: there is nothing "
-                    "to time")
-  return kernel
 
 
 def _device() -> str:
@@ -70,52 +76,97 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype):
   graphs, states = [], []
   for seed in range(count):
     ffn = FFN(config, LinearInputsConfig(), model_dim, nnx.Rngs(seed))
-    graph, state = nnx.split(
-        NeuronMajorFFN(ffn, True, _kernel()) if skip else ffn)
+    graph, state = nnx.split(NeuronMajorFFN(ffn, True, None) if skip else ffn)
     graphs.append(graph)
     states.append(jax.tree.map(lambda x: x.astype(dtype), state))
 
-  @jax.jit
-  def run(states, x_Bx1xD):
+  @functools.partial(jax.jit, static_argnames="count")
+  def run(states, x_Bx1xD, count=False):
     active = []
     for graph, state in zip(graphs, states):
       y, activity = nnx.merge(graph, state)(x_Bx1xD)
-      # As a norm does between layers, so that scores keep their scale.
-      x_Bx1xD = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-      if skip:
-        active.append(activity.active_BxL.mean())
+      # Each layer waits for the last; the scores keep their scale.
+      x_Bx1xD += 1e-3 * y
+      if count:
+        active.append(activity.measure(
+            DECODING, jnp.ones(x_Bx1xD.shape[:2], bool), None)[DECODING[0]])
     return x_Bx1xD, active
 
   return run, states
 
 
-def time_ffn(num_layers: int, tokens: Sequence[int]) -> Result:
-  """Spark's feed-forward layer against the dense one of equal parameters."""
-  spark, dense = spark_2b.get_config().model, gemma2_2b.get_config().model
-  dtype, bandwidth = compute_dtype(spark), read_bandwidth()
+def _kernel(config: FFNConfig, model_dim: int, batch: int,
+            dtype: jnp.dtype) -> str:
+  """What computes a layer: "dense", or a kernel."""
+  gate_dim, up_dim = config.input_dims(model_dim)
+  x, gate, up, down = (
+      jax.ShapeDtypeStruct((rows, columns), dtype) for rows, columns in (
+          (batch, model_dim), (config.num_neurons, gate_dim),
+          (config.num_neurons, up_dim), (config.num_neurons, model_dim)))
+  return choose(jax.default_backend(), x, gate, up, down) or "dense"
+
+
+def _time_layers(config: FFNConfig, model_dim: int, num_layers: int, skip: bool,
+                 dtype: jnp.dtype, tokens: Sequence[int]) -> list[Result]:
+  """Microseconds a layer, active neurons a token and the kernel, by tokens."""
+  run, states = _layers(config, model_dim, num_layers, skip, dtype)
   rows = []
   for batch in tokens:
-    x = jax.random.normal(jax.random.key(0), (batch, 1, spark.model_dim), dtype)
-    row = dict(tokens=batch)
-    for name, model, skip in (("dense", dense, False), ("spark", spark, True)):
-      run, states = _layers(model.ffn, model.model_dim, num_layers, skip, dtype)
-      row[f"{name}_ms"] = 1e3 * seconds(lambda: run(states, x)) / num_layers
-      active = model.ffn.num_neurons
-      if skip:
-        active = float(np.mean(jax.device_get(run(states, x)[1])))
-        row["active_fraction"] = active / model.ffn.num_neurons
-        # No two tokens need share a neuron: the union, were they independent.
-        idle = (1 - active / model.ffn.num_neurons) ** batch
-        active = (1 - idle) * model.ffn.num_neurons
-      row[f"{name}_limit_ms"] = 1e3 / bandwidth * _ffn_bytes(
-          model.ffn, model.model_dim, active, dtype.itemsize)
-      run = states = None  # Freed before the next ones are made.
-    row["speedup"] = row["dense_ms"] / row["spark_ms"]
-    row["limit"] = row["dense_limit_ms"] / row["spark_limit_ms"]
-    rows.append(row)
-  return dict(suite="ffn", device=_device(), dtype=dtype.name,
-              jax=jax.__version__, gigabytes_per_second=bandwidth / 1e9,
-              rows=rows)
+    x = jax.random.normal(jax.random.key(0), (batch, 1, model_dim), dtype)
+    us = 1e6 * seconds(lambda: run(states, x)[0]) / num_layers
+    active = jax.device_get(run(states, x, count=True)[1])
+    rows.append(dict(us=us, active=float(np.mean(active)) / batch))
+  return rows
+
+
+# What the suites of one layer compare: sparse first, then dense.
+def _pair(suite: str) -> tuple[FFNConfig, FFNConfig, int]:
+  spark, dense = spark_2b.get_config().model, gemma2_2b.get_config().model
+  if suite == "ffn":
+    return spark.ffn, dense.ffn, dense.model_dim
+  # Scores are N(0, 1): 1% exceed the threshold.
+  relu = dataclasses.replace(dense.ffn, activation="fatrelu", threshold=2.326)
+  return relu, dense.ffn, dense.model_dim
+
+
+def time_ffn(suite: str, num_layers: int, tokens: Sequence[int]) -> Result:
+  """A sparse feed-forward layer against the dense one of equal parameters.
+
+  Args:
+    suite: "ffn", Spark's at 8%; or "relu_ffn", gated, no predictor, at 1%.
+    num_layers: distinct ones, one after another in a program.
+    tokens: how many at a time, row by row.
+  """
+  sparse, dense, model_dim = _pair(suite)
+  dtype = compute_dtype(spark_2b.get_config().model)
+  bandwidth = read_bandwidth()
+  timed = {name: _time_layers(config, model_dim, num_layers, name == "sparse",
+                              dtype, tokens)
+           for name, config in (("dense", dense), ("sparse", sparse))}
+  rows = []
+  for i, batch in enumerate(tokens):
+    torch_us = torch_baseline.dense_ffn_microseconds(
+        model_dim, dense.num_neurons, num_layers, batch)
+    active = timed["sparse"][i]["active"] / sparse.num_neurons
+    # No two tokens need share a neuron: the union, were they independent.
+    union = (1 - (1 - active) ** batch) * sparse.num_neurons
+    limits = {name: 1e6 / bandwidth * _ffn_bytes(
+        config, model_dim, needed, dtype.itemsize) for name, config, needed in (
+            ("dense", dense, dense.num_neurons), ("sparse", sparse, union))}
+    row = dict(tokens=batch, dense_us=timed["dense"][i]["us"])
+    if torch_us is not None:
+      row["torch_us"] = torch_us
+    best = min(row["dense_us"], torch_us or math.inf)
+    rows.append(row | dict(
+        sparse_us=timed["sparse"][i]["us"],
+        kernel=_kernel(sparse, model_dim, batch, dtype),
+        active_fraction=active, dense_limit_us=limits["dense"],
+        sparse_limit_us=limits["sparse"],
+        speedup=best / timed["sparse"][i]["us"],
+        limit=limits["dense"] / limits["sparse"]))
+  return dict(suite=suite, layers=num_layers, device=_device(),
+              dtype=dtype.name, jax=jax.__version__,
+              gigabytes_per_second=bandwidth / 1e9, rows=rows)
 
 
 def _decode_bytes(model: ModelConfig, prompt: int, itemsize: int) -> float:
@@ -134,7 +185,7 @@ def _time_model(model: ModelConfig, prompts: Sequence[int],
   """Seconds a token for each prompt's length, one token at a time."""
   params = nnx.to_pure_dict(nnx.state(
       jax.jit(lambda: Transformer(model, nnx.Rngs(0)))()))
-  decoder = Decoder(model, params)
+  decoder = Decoder(model, params, measure=False)
   del params
   laps = {}
   for prompt in prompts:
@@ -151,7 +202,6 @@ def _time_model(model: ModelConfig, prompts: Sequence[int],
 def time_decode(num_layers: int, prompts: Sequence[int],
                 steps: int = 24) -> Result:
   """Whole models, batch 1, token by token after prompts of some lengths."""
-  _kernel()
   length = max(prompts) + steps + 2
   pair = {name: dataclasses.replace(
       module.get_config().model, num_layers=num_layers, context_length=length,
@@ -183,6 +233,7 @@ def table(result: Result) -> str:
   heads = list(result["rows"][0])
   lines.append("".join(f"{head:>16}" for head in heads))
   for row in result["rows"]:
-    lines.append("".join(f"{row[head]:>16.3f}" if isinstance(row[head], float)
-                         else f"{row[head]:>16,}" for head in heads))
+    lines.append("".join(
+        f"{row[head]:>16.3f}" if isinstance(row[head], float)
+        else f"{row[head]:>16}" for head in heads))
   return "\n".join(lines)
