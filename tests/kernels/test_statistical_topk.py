@@ -1,5 +1,7 @@
 """Statistical top-k's backward pass by hand against autodiff's."""
 
+import functools
+
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -17,6 +19,7 @@ def plain(x, k, bessel, huber_delta):
                         huber_delta).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def value_and_gradient(f, x, gradient, k, bessel, huber_delta):
   y, pull = jax.vjp(lambda x: f(x, k, bessel, huber_delta), x)
   return y, *pull(gradient)
