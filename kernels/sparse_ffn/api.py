@@ -29,20 +29,21 @@ def _linear(x: jax.Array) -> jax.Array:
   return x
 
 
-def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
-               gate_FxR: jax.Array, up_FxU: jax.Array | None,
-               down_FxD: jax.Array, *, select: Select,
+def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
+               up_FxU: jax.Array | None, down_FxD: jax.Array, *,
+               select: Select,
                up_activation: Activation = _linear,
                implementation: str = "xla") -> tuple[jax.Array, jax.Array]:
-  """down' (select(gate x_gate) * up_activation(up x_up)), for a few tokens.
+  """down' (select(gate x_first) * up_activation(up x_last)), for a few tokens.
 
-  The three matrices are neuron-major: a row a neuron. `gate` is read whole; of
-  `up` and `down` only the rows of neurons that `select` leaves different from 0
-  for some token, however many there are. Sums are in float32.
+  The three matrices are neuron-major: a row a neuron. `gate` multiplies the
+  first R of x's dims, `up` its last U: in a Spark layer R + U = D, in a gated
+  one R = U = D. `gate` is read whole; of `up` and `down` only the rows of
+  neurons that `select` leaves different from 0 for some token, however many
+  there are. Sums are in float32.
 
   Args:
-    x_gate_BxR: what the gate reads, B tokens: Spark's first R dims, or all.
-    x_up_BxU: what `up` reads; None in a plain layer.
+    x_BxD: the layer's input, B tokens.
     gate_FxR: the gate, or predictor.
     up_FxU: None in a plain layer.
     down_FxD: as training has it.
@@ -61,13 +62,14 @@ def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is not one of "
                      f"{', '.join(IMPLEMENTATIONS)}")
-  neurons = gate_FxR.shape[0]
-  expected = [("gate_FxR", gate_FxR, (neurons, x_gate_BxR.shape[1])),
-              ("down_FxD", down_FxD, (neurons, down_FxD.shape[1]))]
+  neurons, width = gate_FxR.shape[0], x_BxD.shape[1]
+  expected = [("gate_FxR", gate_FxR, min(gate_FxR.shape[1], width)),
+              ("down_FxD", down_FxD, width)]
   if up_FxU is not None:
-    expected.append(("up_FxU", up_FxU, (neurons, x_up_BxU.shape[1])))
-  for name, array, shape in expected:
-    if array.shape != shape:
-      raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    expected.append(("up_FxU", up_FxU, min(up_FxU.shape[1], width)))
+  for name, array, columns in expected:
+    if array.shape != (neurons, columns):
+      raise ValueError(f"{name} has shape {array.shape}, expected "
+                       f"{(neurons, columns)}")
   return IMPLEMENTATIONS[implementation](
-      x_gate_BxR, x_up_BxU, gate_FxR, up_FxU, down_FxD, select, up_activation)
+      x_BxD, gate_FxR, up_FxU, down_FxD, select, up_activation)

@@ -12,15 +12,23 @@ def product(x_BxR: jax.Array, rows_FxR: jax.Array) -> jax.Array:
                              preferred_element_type=jnp.float32)
 
 
-def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
-               gate_FxR: jax.Array, up_FxU: jax.Array | None,
-               down_FxD: jax.Array, select: Select,
+def split(x_BxD: jax.Array, gate_FxR: jax.Array, up_FxU: jax.Array | None
+          ) -> tuple[jax.Array, jax.Array | None]:
+  """What the gate reads of x, and what `up` does."""
+  first = x_BxD[:, :gate_FxR.shape[1]]
+  if up_FxU is None:
+    return first, None
+  return first, x_BxD[:, x_BxD.shape[1] - up_FxU.shape[1]:]
+
+
+def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
+               up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`."""
-  activation_BxF = select(product(x_gate_BxR, gate_FxR))
+  x_BxR, x_BxU = split(x_BxD, gate_FxR, up_FxU)
+  activation_BxF = select(product(x_BxR, gate_FxR))
   hidden_BxF = activation_BxF
   if up_FxU is not None:
-    hidden_BxF = hidden_BxF * up_activation(product(x_up_BxU, up_FxU))
+    hidden_BxF = hidden_BxF * up_activation(product(x_BxU, up_FxU))
   y_BxD = jnp.dot(hidden_BxF, down_FxD.astype(jnp.float32))
-  return (y_BxD.astype(x_gate_BxR.dtype),
-          jnp.count_nonzero(activation_BxF, axis=-1))
+  return y_BxD.astype(x_BxD.dtype), jnp.count_nonzero(activation_BxF, axis=-1)

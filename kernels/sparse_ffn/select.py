@@ -51,7 +51,10 @@ class StatisticalTopk:
       square: sum of the squared deviations from it.
       count: of the scores.
     """
-    return mean + self.quantile * jnp.sqrt(square / (count - self.bessel))
+    variance = square / (count - self.bessel)
+    # sqrt(variance): kernels for GPUs have rsqrt alone.
+    std = variance * jax.lax.rsqrt(jnp.maximum(variance, 1e-37))
+    return mean + self.quantile * std
 
   def __call__(self, score_BxF: jax.Array) -> jax.Array:
     mean_Bx1 = score_BxF.mean(-1, keepdims=True)

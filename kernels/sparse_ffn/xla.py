@@ -8,7 +8,7 @@ faster, it multiplies whole matrices instead; the result is the same.
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.kernels.sparse_ffn.reference import product
+from sparse_lm.kernels.sparse_ffn.reference import product, split
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
 # Rows are streamed while all tokens' active neurons together are fewer than
@@ -19,15 +19,15 @@ STREAM_BELOW = 0.25
 _ROWS = 8
 
 
-def _dense(activation_BxF, x_up_BxU, up_FxU, down_FxD, up_activation):
+def _dense(activation_BxF, x_BxU, up_FxU, down_FxD, up_activation):
   hidden_BxF = activation_BxF
   if up_FxU is not None:
-    hidden_BxF = hidden_BxF * up_activation(product(x_up_BxU, up_FxU))
+    hidden_BxF = hidden_BxF * up_activation(product(x_BxU, up_FxU))
   return jnp.dot(hidden_BxF.astype(down_FxD.dtype), down_FxD,
                  preferred_element_type=jnp.float32)
 
 
-def _streamed(activation_F, x_up_U, up_FxU, down_FxD, up_activation):
+def _streamed(activation_F, x_U, up_FxU, down_FxD, up_activation):
   """One token's output (D,), its active rows of `down` added up."""
   count = jnp.count_nonzero(activation_F)
   rows_F = jnp.nonzero(activation_F, size=activation_F.size, fill_value=0)[0]
@@ -40,7 +40,7 @@ def _streamed(activation_F, x_up_U, up_FxU, down_FxD, up_activation):
       h = jnp.where(j < count, activation_F[i], 0)
       if up_FxU is not None:
         row_1xU = jax.lax.dynamic_slice_in_dim(up_FxU, i, 1)
-        h *= up_activation((x_up_U * row_1xU).astype(jnp.float32).sum())
+        h *= up_activation((x_U * row_1xU).astype(jnp.float32).sum())
       row_1xD = jax.lax.dynamic_slice_in_dim(down_FxD, i, 1)
       y_1xD += h * row_1xD.astype(jnp.float32)
     return y_1xD
@@ -49,22 +49,22 @@ def _streamed(activation_F, x_up_U, up_FxU, down_FxD, up_activation):
   return jax.lax.fori_loop(0, -(-count // _ROWS), add, zero_1xD)[0]
 
 
-def sparse_ffn(x_gate_BxR: jax.Array, x_up_BxU: jax.Array | None,
-               gate_FxR: jax.Array, up_FxU: jax.Array | None,
-               down_FxD: jax.Array, select: Select,
+def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
+               up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`."""
-  activation_BxF = select(product(x_gate_BxR, gate_FxR))
+  x_BxR, x_BxU = split(x_BxD, gate_FxR, up_FxU)
+  activation_BxF = select(product(x_BxR, gate_FxR))
   active_B = jnp.count_nonzero(activation_BxF, axis=-1)
 
   def stream():
     return jax.lax.map(
         lambda token: _streamed(*token, up_FxU, down_FxD, up_activation),
-        (activation_BxF, x_up_BxU))
+        (activation_BxF, x_BxU))
 
   def multiply():
-    return _dense(activation_BxF, x_up_BxU, up_FxU, down_FxD, up_activation)
+    return _dense(activation_BxF, x_BxU, up_FxU, down_FxD, up_activation)
 
   few = active_B.sum() < STREAM_BELOW * activation_BxF.shape[1]
   y_BxD = jax.lax.cond(few, stream, multiply)
-  return y_BxD.astype(x_gate_BxR.dtype), active_B
+  return y_BxD.astype(x_BxD.dtype), active_B

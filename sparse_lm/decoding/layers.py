@@ -76,11 +76,9 @@ class NeuronMajorFFN(FFN):
                ) -> tuple[jax.Array, Activity | ActiveCount]:
     if x_BxLxD.shape[1] > 1:
       return super().__call__(x_BxLxD, sparse)
-    x_gate, x_up = (x[:, 0] for x in self.split_input(x_BxLxD))
-    gated = self.config.shape != "plain"
+    up_FxD = self.up_FxD[...] if self.config.shape != "plain" else None
     y_BxD, active_B = sparse_ffn(
-        x_gate, x_up if gated else None, self.gate_FxD[...],
-        self.up_FxD[...] if gated else None, self.down_FxD[...],
+        x_BxLxD[:, 0], self.gate_FxD[...], up_FxD, self.down_FxD[...],
         select=self.select, up_activation=self.up_activation,
         implementation=self.implementation)
     return y_BxD[:, None], ActiveCount(active_B[:, None])

@@ -12,7 +12,7 @@ import pytest
 from sparse_lm.kernels.sparse_ffn import (IMPLEMENTATIONS, choose,
                                           sparse_ffn)
 
-R, U, F, D = 6, 10, 48, 16
+R, U, F, D = 6, 10, 48, 16  # of Spark: R + U = D
 
 
 def select_above(threshold, scores):
@@ -26,18 +26,18 @@ def make(batch, seed=0, dtype=jnp.float32, plain=False):
   def draw(*shape):
     return jnp.array(rng.normal(size=shape), dtype)
 
-  return (draw(batch, R), None if plain else draw(batch, U), draw(F, R),
-          None if plain else draw(F, U), draw(F, D))
+  return (draw(batch, D), draw(F, R), None if plain else draw(F, U),
+          draw(F, D))
 
 
 def formula(arrays, threshold, up_activation=lambda x: x):
-  x_gate, x_up, gate, up, down = (
+  x, gate, up, down = (
       None if a is None else np.asarray(a, np.float64) for a in arrays)
-  scores = x_gate @ gate.T
+  scores = x[:, :gate.shape[1]] @ gate.T
   hidden = np.where(scores > threshold, scores, 0)
   active = (hidden != 0).sum(-1)
   if up is not None:
-    hidden = hidden * up_activation(x_up @ up.T)
+    hidden = hidden * up_activation(x[:, -up.shape[1]:] @ up.T)
   return hidden @ down, active
 
 
@@ -73,6 +73,15 @@ def test_the_other_branch_may_have_an_activation(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_gated_layer_reads_all_dims_twice(implementation):
+  rng = np.random.default_rng(1)
+  arrays = [jnp.array(rng.normal(size=shape), jnp.float32)
+            for shape in ((2, D), (F, D), (F, D), (F, D))]
+  y, _ = run(arrays, 1.0, implementation)
+  np.testing.assert_allclose(y, formula(arrays, 1.0)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_is_summed_in_float32(implementation):
   arrays = make(2, dtype=jnp.bfloat16)
   y, _ = run(arrays, 2.0, implementation)
@@ -87,9 +96,9 @@ def test_rows_of_inactive_neurons_are_not_read():
   arrays = make(2, seed=2)
   expected, active_B = run(arrays, 3.5, "xla")
   assert 2 < active_B.sum() < F / 4 and active_B.min() > 0
-  x_gate, x_up, gate, up, down = arrays
-  idle_F = (np.asarray(x_gate @ gate.T) <= 3.5).all(0)
-  poisoned = (x_gate, x_up, gate, jnp.where(idle_F[:, None], jnp.nan, up),
+  x, gate, up, down = arrays
+  idle_F = (np.asarray(x[:, :R] @ gate.T) <= 3.5).all(0)
+  poisoned = (x, gate, jnp.where(idle_F[:, None], jnp.nan, up),
               jnp.where(idle_F[:, None], jnp.nan, down))
   y, _ = run(poisoned, 3.5, "xla")
   np.testing.assert_array_equal(y, expected)
@@ -97,16 +106,17 @@ def test_rows_of_inactive_neurons_are_not_read():
 
 def test_with_most_neurons_active_whole_matrices_are_multiplied():
   arrays = make(1)
-  idle = int(np.argmin(np.asarray(arrays[0] @ arrays[2].T)))
-  poisoned = (*arrays[:4], arrays[4].at[idle].set(jnp.nan))
-  lowest = float((arrays[0] @ arrays[2].T).min())
+  x, gate, up, down = arrays
+  scores = x[:, :R] @ gate.T
+  poisoned = (x, gate, up, down.at[int(scores.argmin())].set(jnp.nan))
+  lowest = float(scores.min())
   y, active = run(poisoned, lowest, "xla")
   assert active[0] == F - 1
   assert np.isnan(y).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("where", range(5))
+@pytest.mark.parametrize("where", range(4))
 def test_nan_in_nan_out(implementation, where):
   arrays = list(make(1))
   arrays[where] = arrays[where].at[(0, 0)].set(jnp.nan)
@@ -120,10 +130,10 @@ def test_nan_in_nan_out(implementation, where):
     (dict(implementation="cuda"), "implementation='cuda' is not one of xla, "),
     (dict(down_FxD=jnp.zeros((F + 1, D))), r"down_FxD has shape \(49, 16\)"),
     (dict(up_FxU=jnp.zeros((U, F))), r"up_FxU has shape \(10, 48\), expected"),
-    (dict(gate_FxR=jnp.zeros((F, R + 1))), "gate_FxR has shape"),
+    (dict(gate_FxR=jnp.zeros((F, D + 1))), "gate_FxR has shape"),
 ])
 def test_what_does_not_fit_is_refused(change, message):
-  names = ("x_gate_BxR", "x_up_BxU", "gate_FxR", "up_FxU", "down_FxD")
+  names = ("x_BxD", "gate_FxR", "up_FxU", "down_FxD")
   arguments = dict(zip(names, make(1)), select=jax.nn.relu) | change
   with pytest.raises(ValueError, match=message):
     sparse_ffn(**arguments)

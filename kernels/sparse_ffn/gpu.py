@@ -1,0 +1,324 @@
+"""The operation in Pallas Mosaic GPU, for NVIDIA Hopper and newer.
+
+Two kernels. The first multiplies the gate: it streams all of it, a tile of
+neurons a thread block, through the tensor cores, and leaves each tile's mean
+and squared deviations beside the scores. In the second each thread block takes
+one token and one tile: it adds the tiles' statistics up to the threshold, makes
+activations of its scores, and asks for the rows of `up` and `down` of every
+active neuron at once, in copies that run by themselves. As rows arrive it
+multiplies and adds. Each block leaves a partial sum, and XLA adds those in a
+fixed order: no atomics, the same result every time.
+
+However many neurons of a tile are active, all are computed: those that find no
+slot in shared memory wait for the next round.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
+                                                 Select, StatisticalTopk)
+
+# Neurons of a tile: the rows of the smallest tensor core product.
+TILE = 64
+# Columns of the gate in one copy; 2 bytes each, four swizzled tiles of 128.
+_CHUNK = 256
+# Copies of the gate on their way, of 32 KB: two blocks share a multiprocessor.
+_COPIES = 3
+# Rows of `up` and `down` in shared memory at a time, 7 KB at Gemma-2-2B's
+# shapes: two blocks share a multiprocessor, and few tiles have more.
+_SLOTS = 12
+# A copy's longest dimension.
+_COLUMNS = 256
+_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+# Of four rows, a row a warp: (4, columns / 256, 256), 8 columns a thread.
+_ROW_A_WARP = plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 1, _COLUMNS), (8,))), warp_dims=(-4,), lane_dims=(-2,),
+    vector_dim=-1)
+
+
+def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
+                up_FxU: jax.Array | None) -> str | None:
+  """Why these arrays cannot be served, or None if they can."""
+  if {x_BxD.dtype, gate_FxR.dtype} != {jnp.dtype(jnp.bfloat16)}:
+    return f"needs bfloat16, not {x_BxD.dtype} and {gate_FxR.dtype}"
+  if not 1 <= x_BxD.shape[0] <= 64:
+    return f"serves 1 to 64 tokens, not {x_BxD.shape[0]}"
+  sizes = [("F", gate_FxR.shape[0], TILE), ("R", gate_FxR.shape[1], _CHUNK),
+           ("D", x_BxD.shape[1], _COLUMNS)]
+  if up_FxU is not None:
+    sizes.append(("U", up_FxU.shape[1], _COLUMNS))
+  for name, size, unit in sizes:
+    if size % unit:
+      return f"needs {name} to be a multiple of {unit}, not {size}"
+  return None
+
+
+def _predict_scratch(n: int, width: int) -> dict:
+  """Shared memory of `_predict_tile`, for n tokens of R dims."""
+  copies = min(_COPIES, width // _CHUNK)
+  return dict(
+      x_smem=plgpu.SMEM((n, width), jnp.bfloat16, transforms=_SWIZZLED),
+      gate_smem=plgpu.SMEM((copies, TILE, _CHUNK), jnp.bfloat16,
+                           transforms=_SWIZZLED),
+      x_barrier=plgpu.Barrier(), barriers=plgpu.Barrier(num_barriers=copies))
+
+
+def _predict_tile(x_gmem, gate_gmem, score_gmem, mean_gmem, square_gmem, *,
+                  x_smem, gate_smem, x_barrier, barriers) -> None:
+  """Scores of this block's tile, their mean and squared deviations from it.
+
+  Args:
+    x_gmem: the tokens (n, D).
+    gate_gmem: the gate (F, R).
+    score_gmem: written, (F, n).
+    mean_gmem: written, (t, n).
+    square_gmem: written, (t, n).
+    x_smem: all of x.
+    gate_smem: chunks of the tile's columns.
+    x_barrier: when x is there.
+    barriers: when a chunk is there.
+  """
+  tile = lax.axis_index("tile")
+  rows = pl.ds(tile * TILE, TILE)
+  chunks, copies = gate_gmem.shape[1] // _CHUNK, gate_smem.shape[0]
+
+  def copy(chunk):
+    slot = chunk % copies
+    plgpu.copy_gmem_to_smem(
+        gate_gmem.at[rows, pl.ds(chunk * _CHUNK, _CHUNK)], gate_smem.at[slot],
+        barriers.at[slot])
+
+  for chunk in range(copies):
+    copy(chunk)
+  plgpu.copy_gmem_to_smem(x_gmem.at[:, pl.ds(0, gate_gmem.shape[1])], x_smem,
+                          x_barrier)
+  plgpu.barrier_wait(x_barrier)
+
+  def multiply(accumulator):
+    for chunk in range(chunks):
+      slot = chunk % copies
+      plgpu.barrier_wait(barriers.at[slot])
+      x = x_smem.at[:, pl.ds(chunk * _CHUNK, _CHUNK)]
+      plgpu.wgmma(accumulator, gate_smem.at[slot],
+                  plgpu.transpose_ref(x, (1, 0)))
+      plgpu.wgmma_wait(0)
+      if chunk + copies < chunks:
+        copy(chunk + copies)
+    return accumulator[...]
+
+  score = pl.run_scoped(
+      multiply, plgpu.ACC((TILE, x_gmem.shape[0]), jnp.float32))
+  mosaic_gpu.store(score_gmem.at[rows], score)
+  mean = score.sum(0) / TILE
+  deviation = score - lax.broadcast_in_dim(mean, score.shape, (1,))
+  mosaic_gpu.store(mean_gmem.at[tile], mean)
+  mosaic_gpu.store(square_gmem.at[tile], (deviation * deviation).sum(0))
+
+
+def _activate(select: Select, score_Txn, mean_gmem, square_gmem, tiles):
+  """Activations of a tile (TILE, n), in the kernel."""
+  if isinstance(select, Elementwise):
+    return select.activation(score_Txn)
+  shape = mean_gmem.shape
+  mean, square = (mosaic_gpu.load(x, plgpu.Layout.WGMMA, optimized=False)
+                  for x in (mean_gmem, square_gmem))
+  tile = plgpu.broadcasted_iota(jnp.int32, shape, 0,
+                                layout=plgpu.Layout.WGMMA)
+  mean = jnp.where(tile < tiles, mean, 0.0)
+  mean_n = mean.sum(0) / tiles
+  # Chan et al., 1979: squared deviations of parts, put together.
+  apart = mean - lax.broadcast_in_dim(mean_n, shape, (1,))
+  square = jnp.where(tile < tiles, square + TILE * apart * apart, 0.0)
+  theta_n = select.theta(mean_n, square.sum(0), tiles * TILE)
+  over = score_Txn - lax.broadcast_in_dim(theta_n, score_Txn.shape, (1,))
+  return select.activation(jnp.maximum(over, 0.0))
+
+
+def _accumulate_scratch(n: int, up_gmem, down_gmem) -> dict:
+  """Shared memory of `_accumulate_tile`."""
+  def rows(gmem):
+    return plgpu.SMEM((_SLOTS, *gmem.shape[1:]), jnp.bfloat16)
+
+  barriers = plgpu.Barrier(num_barriers=_SLOTS)
+  scratch = dict(
+      activation_smem=plgpu.SMEM((TILE, n), jnp.float32),
+      slot_smem=plgpu.SMEM((_SLOTS,), jnp.float32),
+      down_smem=rows(down_gmem), down_barriers=barriers)
+  if up_gmem is not None:
+    scratch |= dict(up_smem=rows(up_gmem), up_barriers=barriers)
+  return scratch
+
+
+def _accumulate_tile(token, select, up_activation, score_gmem, mean_gmem,
+                     square_gmem, x_gmem, up_gmem, down_gmem, y_gmem,
+                     count_gmem, *, activation_smem, slot_smem, down_smem,
+                     down_barriers, up_smem=None, up_barriers=None) -> None:
+  """A token's output from this block's tile of neurons, and how many fire.
+
+  Args:
+    token: which.
+    select: `Elementwise` or `StatisticalTopk`.
+    up_activation: of the other branch.
+    score_gmem: the scores (F, n).
+    mean_gmem: as `_predict_tile` has left them, as are the squares.
+    square_gmem: the squares.
+    x_gmem: the tokens (n, D / 256, 256).
+    up_gmem: (F, U / 256, 256); None in a plain layer.
+    down_gmem: (F, D / 256, 256).
+    y_gmem: written, (F / TILE, B, D / 256, 256) in float32.
+    count_gmem: written, (F / TILE, B), int32.
+    activation_smem: of the tile.
+    slot_smem: activations of the rows in the slots, later times `up`'s.
+    down_smem: rows of `down`, a slot each.
+    down_barriers: when such a row is there.
+    up_smem: rows of `up`, a slot each.
+    up_barriers: when such a row is there.
+  """
+  tile = lax.axis_index("tile")
+  score = mosaic_gpu.load(score_gmem.at[pl.ds(tile * TILE, TILE)],
+                          plgpu.Layout.WGMMA, optimized=False)
+  activation_smem[...] = _activate(select, score, mean_gmem, square_gmem,
+                                   score_gmem.shape[0] // TILE)
+  plgpu.commit_smem()
+  activations = [activation_smem[i, token] for i in range(TILE)]
+  ranks, count = [], jnp.int32(0)
+  for a in activations:
+    ranks.append(count)
+    count += (a != 0).astype(jnp.int32)
+  count_gmem[tile, token] = count
+
+  def ask(first):
+    """Starts copies of the rows with ranks from `first` on."""
+    for i, (a, rank) in enumerate(zip(activations, ranks)):
+      slot = rank - first
+
+      @pl.when((a != 0) & (slot >= 0) & (slot < _SLOTS))
+      def _():
+        row = tile * TILE + i
+        slot_smem[slot] = a
+        if up_gmem is not None:
+          plgpu.copy_gmem_to_smem(up_gmem.at[row], up_smem.at[slot],
+                                  up_barriers.at[slot])
+        plgpu.copy_gmem_to_smem(down_gmem.at[row], down_smem.at[slot],
+                                down_barriers.at[slot])
+
+  def multiply_up(group, here, x):
+    """Four slots' activations times their `up` products, in place."""
+    for i in range(4):
+      slot = group * 4 + i
+
+      @pl.when(slot < here)
+      def _():
+        plgpu.barrier_wait(up_barriers.at[slot])
+    four = pl.ds(group * 4, 4)
+    rows = mosaic_gpu.load(up_smem.at[four], _ROW_A_WARP)
+    x = plgpu.layout_cast(lax.broadcast_in_dim(x, rows.shape, (1, 2)),
+                          _ROW_A_WARP)
+    product = (rows.astype(jnp.float32) * x).sum(1).sum(1)
+    h = mosaic_gpu.load(slot_smem.at[four], _ROW_A_WARP.reduce((1, 2)))
+    slot_smem[four] = h * up_activation(product)
+
+  def one_round(i, y):
+    here = jnp.minimum(count - i * _SLOTS, _SLOTS)
+    plgpu.commit_smem()  # Last round's reads come before this one's copies.
+    ask(i * _SLOTS)
+    plgpu.commit_smem()
+    if up_gmem is not None:
+      columns = up_gmem.shape[1]
+      last = pl.ds(x_gmem.shape[1] - columns, columns)
+      x = mosaic_gpu.load(x_gmem.at[token, last], _ROW_A_WARP.reduce(0),
+                          optimized=False).astype(jnp.float32)
+
+      @pl.loop(0, pl.cdiv(here, 4))
+      def _(group):
+        multiply_up(group, here, x)
+
+      plgpu.commit_smem()
+
+    def add(slot, y):
+      plgpu.barrier_wait(down_barriers.at[slot])
+      return y + slot_smem[slot] * down_smem[slot].astype(jnp.float32)
+
+    return lax.fori_loop(0, here, add, y)
+
+  shape = down_gmem.shape[1:]
+  y = plgpu.layout_cast(jnp.zeros(shape, jnp.float32),
+                        plgpu.Layout.WG_STRIDED(shape, 2))
+  y_gmem[tile, token] = lax.fori_loop(0, pl.cdiv(count, _SLOTS), one_round, y)
+
+
+def _linear(x: jax.Array) -> jax.Array:
+  return x
+
+
+def _kernel(body, out_type, grid, **scratch):
+  """A kernel of `grid`, by name of its axes."""
+  return plgpu.kernel(
+      body, out_type=out_type, grid=tuple(grid.values()),
+      grid_names=tuple(grid), scratch_types=scratch,
+      compiler_params=mosaic_gpu.PARAMS)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _predict(x_nxD, gate_FxR, tiles):
+  """Scores (F, n), tiles' means and squared deviations (t, n), in float32.
+
+  Rows of t beyond the tiles, up to a multiple of 64, are not written.
+  """
+  n, (neurons, width) = x_nxD.shape[0], gate_FxR.shape
+  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  statistics = f32((64 * pl.cdiv(tiles, 64), n))
+  return _kernel(
+      _predict_tile, (f32((neurons, n)), statistics, statistics),
+      dict(tile=tiles), **_predict_scratch(n, width))(x_nxD, gate_FxR)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _accumulate(tokens, select, up_activation, score, mean, square, x_nxD,
+                up_FxU, down_FxD):
+  """Partial sums (F / TILE, B, D / 256, 256), counts (F / TILE, B)."""
+  (neurons, n), tiles = score.shape, score.shape[0] // TILE
+
+  def columns(x):
+    """A copy's dimensions are at most 256: a row is a few of those."""
+    return x.reshape(x.shape[0], -1, _COLUMNS)
+
+  down = columns(down_FxD)
+  rows = (down,) if up_FxU is None else (columns(up_FxU), down)
+
+  def body(score, mean, square, x, *refs, **smem):
+    *rows, y, count = refs
+    up = rows[0] if len(rows) > 1 else None
+    _accumulate_tile(lax.axis_index("token"), select, up_activation, score,
+                     mean, square, x, up, rows[-1], y, count, **smem)
+
+  out = (jax.ShapeDtypeStruct((tiles, tokens, *down.shape[1:]), jnp.float32),
+         jax.ShapeDtypeStruct((tiles, tokens), jnp.int32))
+  scratch = _accumulate_scratch(n, rows[0] if up_FxU is not None else None,
+                                down)
+  return _kernel(body, out, dict(tile=tiles, token=tokens), **scratch)(
+      score, mean, square, columns(x_nxD), *rows)
+
+
+def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
+               up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
+               up_activation: Activation) -> tuple[jax.Array, jax.Array]:
+  """As `api.sparse_ffn`; what it serves, `unsupported` says."""
+  tokens = x_BxD.shape[0]
+  # The tensor cores' least. XLA makes the rows where it makes x.
+  x_nxD = jnp.pad(x_BxD, ((0, -tokens % 8), (0, 0)))
+  score, mean, square = _predict(x_nxD, gate_FxR, gate_FxR.shape[0] // TILE)
+  if not isinstance(select, (Elementwise, StatisticalTopk)):
+    # Of the whole row: XLA's work.
+    score, select = select(score.T).T, Elementwise(_linear)
+  y, count = _accumulate(tokens, select, up_activation, score, mean, square,
+                         x_nxD, up_FxU, down_FxD)
+  return (y.sum(0).reshape(x_BxD.shape).astype(x_BxD.dtype), count.sum(0))
