@@ -40,17 +40,28 @@ def backward(rule: Rule, score_NxF: jax.Array, up_NxF: jax.Array | None,
              mean_N: jax.Array, std_N: jax.Array, d_h_NxF: jax.Array
              ) -> tuple[jax.Array, jax.Array | None]:
   """The gradients of score and up, of h's."""
-  # Or XLA would find the forward pass's activations to be the same as these,
-  # and store them: reading score and up again is all that is needed.
-  score_NxF, up_NxF = jax.lax.optimization_barrier((score_NxF, up_NxF))
-  count, d_gate_NxF, d_up_NxF = score_NxF.shape[1], _wide(d_h_NxF), None
-  gate_NxF, pull = _gate(rule, score_NxF, mean_N, std_N)
-  if up_NxF is not None:
-    branch_NxF, pull_up = jax.vjp(rule.up_activation, _wide(up_NxF))
-    d_up_NxF = pull_up(d_gate_NxF * gate_NxF)[0].astype(up_NxF.dtype)
-    d_gate_NxF *= branch_NxF
-  passed_NxF = pull(d_gate_NxF)
-  off_NxF = _wide(score_NxF) - mean_N[:, None]
+  count = score_NxF.shape[1]
+  arrays = score_NxF, up_NxF, d_h_NxF
+
+  def gradients(score_NxF, up_NxF, d_h_NxF):
+    """Of the score with theta fixed, and of up, both wide."""
+    gate_NxF, pull = _gate(rule, score_NxF, mean_N, std_N)
+    d_gate_NxF, d_up_NxF = _wide(d_h_NxF), None
+    if up_NxF is not None:
+      branch_NxF, pull_up = jax.vjp(rule.up_activation, _wide(up_NxF))
+      d_up_NxF = pull_up(d_gate_NxF * gate_NxF)[0]
+      d_gate_NxF *= branch_NxF
+    return pull(d_gate_NxF), d_up_NxF
+
+  # Behind a barrier: where XLA sees one expression twice, here in the forward
+  # pass, the sum and the result, it stores tanh and the like, in float32. To
+  # read the arguments again and compute it anew is faster.
+  arrays = jax.lax.optimization_barrier(arrays)
+  total_N = gradients(*arrays)[0].sum(1)
+  arrays, total_N = jax.lax.optimization_barrier((arrays, total_N))
+  passed_NxF, d_up_NxF = gradients(*arrays)
+  off_NxF = _wide(arrays[0]) - mean_N[:, None]
   d_theta_NxF = 1 / count + rule.slope(std_N, count)[:, None] * off_NxF
-  d_score_NxF = passed_NxF - passed_NxF.sum(1)[:, None] * d_theta_NxF
-  return d_score_NxF.astype(score_NxF.dtype), d_up_NxF
+  d_score_NxF = passed_NxF - total_N[:, None] * d_theta_NxF
+  return (d_score_NxF.astype(score_NxF.dtype),
+          None if up_NxF is None else d_up_NxF.astype(up_NxF.dtype))

@@ -46,7 +46,10 @@ def _with_gradient(f: Callable) -> Callable:
   """f's value and its gradients, of arguments whose last is f's gradient."""
   def run(*arguments):
     out, pull = jax.vjp(f, *arguments[:-1])
-    return out, pull(arguments[-1])
+    # In training the gradient comes after the whole forward pass. Without this
+    # XLA makes one pass over memory of a part of both.
+    gradient = jax.lax.optimization_barrier((out, arguments[-1]))[1]
+    return out, pull(gradient)
   return run
 
 
