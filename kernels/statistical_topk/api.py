@@ -68,7 +68,8 @@ def gated_topk(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
     activation: elementwise; its derivative is JAX's.
     up_activation: of the other branch, elementwise.
     bessel: divide the variance by F - 1, not by F.
-    implementation: a key of `IMPLEMENTATIONS`; None: `choose`'s.
+    implementation: a key of `IMPLEMENTATIONS`; None: `choose`'s. "pallas_gpu"
+      is of one device's rows: on a mesh it needs `jax.shard_map`.
 
   Returns:
     An array of score's shape and type.
