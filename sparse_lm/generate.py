@@ -60,19 +60,23 @@ def main(argv: Sequence[str]) -> None:
                       "(default: 0)")
   parser.add_argument("--step", type=int, default=None, help="which checkpoint "
                       "(default: the newest)")
+  parser.add_argument("--ffn_implementation", default=None, help="which kernel "
+                      "reads active neurons (default: the fastest here)")
   parser.add_argument("--json", action="store_true",
                       help="print one JSON object when done, no stream")
   args = parser.parse_args(argv)
   sampler = make_sampler(args.temperature, args.top_k, args.top_p)
   prompt = read_prompt(args.prompt)
   config, params, tokenizer, step = load(args.workdir, args.step)
-  decoder = Decoder(config.model, params)
+  decoder = Decoder(config.model, params,
+                    ffn_implementation=args.ffn_implementation)
   pieces = stream_text(decoder, tokenizer, prompt, args.max_new_tokens,
                        sampler, args.seed)
   if args.json:
     print(json.dumps(dict(
         prompt=prompt, completion="".join(pieces), step=step,
         ffn_implementations=decoder.ffn_implementations,
+        attention_implementations=decoder.attention_implementations,
         **decoder.sparsity())))
     return
   first = next(pieces)  # Refuses a prompt that does not fit.

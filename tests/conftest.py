@@ -11,7 +11,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # subprocesses, are compiled as users have them.
 jax.config.update("jax_disable_most_optimizations", True)
 
-import pathlib  # pylint: disable=g-import-not-at-top
+import importlib.util  # pylint: disable=g-import-not-at-top
+import pathlib
 import random
 
 import pytest
@@ -19,6 +20,8 @@ import pytest
 from sparse_lm import cli, config as config_lib
 
 TINY = pathlib.Path(__file__).with_name("tiny.py")
+LIBTPU = (pathlib.Path(__file__).parents[1]
+          / ".venv" / "libtpu" / "libtpu" / "libtpu.so")
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +56,17 @@ def tiny_config(tiny_flags):
   config = cli.load_config(tiny_flags[0].removeprefix("--config="),
                            tiny_flags[1:])
   return lambda **changes: config_lib.replace(config, **changes)
+
+
+@pytest.fixture(scope="session")
+def libtpu_environment():
+  """The environment of a process that finds libtpu; skips where none is."""
+  env = dict(os.environ, JAX_PLATFORMS="cpu")
+  if not os.path.isfile(env.get("TPU_LIBRARY_PATH", "")):
+    env.pop("TPU_LIBRARY_PATH", None)
+    if LIBTPU.is_file():
+      env["TPU_LIBRARY_PATH"] = str(LIBTPU)
+    elif not importlib.util.find_spec("libtpu"):
+      pytest.skip("no libtpu: pip install --target .venv/libtpu libtpu "
+                  "(Linux on x86-64 alone)")
+  return env

@@ -121,6 +121,8 @@ def test_generate(call, tiny_run):
   assert 0.05 < whole["active_fraction"] < 0.2
   # Not computed whole and masked: inactive neurons are skipped in every layer.
   assert whole["ffn_implementations"] == ["xla", "xla"]
+  # Too few keys for that.
+  assert whole["attention_implementations"] == ["dense", "dense"]
   drawn = [call("generate", *flags[:2], "--temperature=1", "--top_k=9",
                 f"--seed={seed}", "--prompt=the ").stdout for seed in (1, 1, 2)]
   assert drawn[0] == drawn[1] != drawn[2]

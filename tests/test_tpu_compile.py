@@ -1,17 +1,12 @@
-"""The 2B config on a pod of 256 TPU v5e chips, compiled with no TPU at hand."""
+"""Programs for TPUs, compiled with no TPU at hand."""
 
-import importlib.util
 import json
 import math
-import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-LIBRARY = (pathlib.Path(__file__).parents[1]
-           / ".venv" / "libtpu" / "libtpu" / "libtpu.so")
 HBM = 15.75e9  # of a v5e chip's 16 GB, what libtpu lets a program use
 
 # In a process of its own: libtpu is loaded, and jax flags are those of a user.
@@ -30,24 +25,11 @@ print(json.dumps(dict(
 """
 
 
-def environment() -> dict[str, str]:
-  """The environment of a process that finds libtpu; skips where none is."""
-  env = dict(os.environ, JAX_PLATFORMS="cpu")
-  if not os.path.isfile(env.get("TPU_LIBRARY_PATH", "")):
-    env.pop("TPU_LIBRARY_PATH", None)
-    if LIBRARY.is_file():
-      env["TPU_LIBRARY_PATH"] = str(LIBRARY)
-    elif not importlib.util.find_spec("libtpu"):
-      pytest.skip("no libtpu: pip install --target .venv/libtpu libtpu "
-                  "(Linux on x86-64 alone)")
-  return env
-
-
 @pytest.mark.tpu_compile
-def test_the_2b_training_step_fits_a_v5e_pod():
+def test_the_2b_training_step_fits_a_v5e_pod(libtpu_environment):
   process = subprocess.run(
-      [sys.executable, "-c", SCRIPT], env=environment(), capture_output=True,
-      text=True, timeout=1800, check=False)
+      [sys.executable, "-c", SCRIPT], env=libtpu_environment,
+      capture_output=True, text=True, timeout=1800, check=False)
   assert process.returncode == 0, process.stderr[-4000:]
   report = json.loads(process.stdout.splitlines()[-1])
   shapes = report.pop("shapes")
@@ -67,3 +49,44 @@ def test_the_2b_training_step_fits_a_v5e_pod():
                  for d in dims)
   assert not any(8192 in d and 13_824 in d and math.prod(d) > 2 * 8192 * 13_824
                  for d in dims)
+
+
+ATTENTION = r"""
+import sys
+import jax
+import jax.numpy as jnp
+from sparse_lm.kernels.sparse_attention import sparse_attention
+from sparse_lm.training import aot
+
+sharding = jax.sharding.SingleDeviceSharding(aot.tpu_devices(sys.argv[1])[0])
+
+
+@jax.jit
+def attend(query, key1, key2, value, lengths, window):
+  return sparse_attention(query, key1, key2, value, lengths, window=window,
+                          top_k=256, logit_softcap=50., implementation="tpu")
+
+
+def array(*shape, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+for b, k, g, s, dtype in [(4, 4, 2, 8192, jnp.bfloat16),
+                          (1, 1, 1, 256, jnp.float32)]:
+  cache = [array(b, k, s, e, dtype=dtype) for e in (128, 128, 256)]
+  compiled = attend.lower(
+      array(b, k, g, 256, dtype=dtype), *cache, array(b, dtype=jnp.int32),
+      array(dtype=jnp.int32)).compile()
+  assert "sparse_attention" in compiled.as_text()
+  # No copy of a cache's part beside it.
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+"""
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_the_sparse_attention_kernel_compiles(topology):
+  process = subprocess.run(
+      [sys.executable, "-c", ATTENTION, topology], env=environment(),
+      capture_output=True, text=True, timeout=600, check=False)
+  assert process.returncode == 0, process.stderr[-4000:]

@@ -1,28 +1,78 @@
 """One signature for every implementation of the sparse feed-forward layer."""
 
-from collections.abc import Callable
+import importlib
+import math
+from types import ModuleType
 
 import jax
 
-from sparse_lm.kernels.sparse_ffn import reference, xla
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
-# By name. `reference` is what the others are tested against.
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "xla": xla.sparse_ffn, "reference": reference.sparse_ffn}
+# By name, the module that has it. Lazy: Pallas takes a while to import.
+# `reference` is what the others are tested against.
+IMPLEMENTATIONS: dict[str, str] = {
+    "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
+    "reference": "reference"}
+# The fastest of a platform. "pallas_tpu" is not among them: it has been
+# compiled, but not yet timed on a TPU.
+_OF_PLATFORM = {"cpu": "xla", "gpu": "pallas_gpu"}
 
 
-def choose(platform: str) -> str | None:
+def _module(implementation: str) -> ModuleType:
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"implementation={implementation!r} is not one of "
+                     f"{', '.join(IMPLEMENTATIONS)}")
+  return importlib.import_module(
+      f"sparse_lm.kernels.sparse_ffn.{IMPLEMENTATIONS[implementation]}")
+
+
+def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,
+                up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
+  """Why an implementation cannot take such arrays, None where it can.
+
+  Args:
+    implementation: a key of `IMPLEMENTATIONS`.
+    x_BxD: as `sparse_ffn` has it, like the others; or a
+      `jax.ShapeDtypeStruct`.
+    gate_FxR: the gate.
+    up_FxU: None in a plain layer.
+    down_FxD: the last matrix.
+
+  Raises:
+    ValueError: on an unknown implementation.
+  """
+  module = _module(implementation)
+  if not hasattr(module, "unsupported"):
+    return None
+  return module.unsupported(x_BxD, gate_FxR, up_FxU, down_FxD)
+
+
+def choose(platform: str, x_BxD: jax.Array, gate_FxR: jax.Array,
+           up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
   """The implementation that is faster than computing every neuron.
 
   Args:
     platform: as `jax.Device.platform` has it.
+    x_BxD: as for `unsupported`, like the others.
+    gate_FxR: the gate.
+    up_FxU: None in a plain layer.
+    down_FxD: the last matrix.
 
   Returns:
-    A key of `IMPLEMENTATIONS`; None where there is none yet. On a GPU or TPU
-    the loop over rows would start a program for each of them.
+    A key of `IMPLEMENTATIONS`; None where there is none.
   """
-  return "xla" if platform == "cpu" else None
+  implementation = _OF_PLATFORM.get(platform)
+  if implementation is None or unsupported(implementation, x_BxD, gate_FxR,
+                                           up_FxU, down_FxD):
+    return None
+  fastest = getattr(_module(implementation), "FASTER_UP_TO", math.inf)
+  return implementation if x_BxD.shape[0] <= fastest else None
+
+
+def layout(rows_FxD: jax.Array, implementation: str) -> jax.Array:
+  """`up` or `down` as an implementation stores it: once, at load."""
+  module = _module(implementation)
+  return module.layout(rows_FxD) if hasattr(module, "layout") else rows_FxD
 
 
 def _linear(x: jax.Array) -> jax.Array:
@@ -31,9 +81,9 @@ def _linear(x: jax.Array) -> jax.Array:
 
 def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                up_FxU: jax.Array | None, down_FxD: jax.Array, *,
-               select: Select,
-               up_activation: Activation = _linear,
-               implementation: str = "xla") -> tuple[jax.Array, jax.Array]:
+               select: Select, up_activation: Activation = _linear,
+               implementation: str | None = None
+               ) -> tuple[jax.Array, jax.Array]:
   """down' (select(gate x_first) * up_activation(up x_last)), for a few tokens.
 
   The three matrices are neuron-major: a row a neuron. `gate` multiplies the
@@ -45,31 +95,38 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
   Args:
     x_BxD: the layer's input, B tokens.
     gate_FxR: the gate, or predictor.
-    up_FxU: None in a plain layer.
-    down_FxD: as training has it.
+    up_FxU: None in a plain layer; or its `layout`.
+    down_FxD: as training has it; or its `layout`.
     select: from scores (B, F) in float32 to activations, exactly 0 where
       inactive: threshold and activation function. See `select.py`.
     up_activation: of the other branch, elementwise.
-    implementation: a key of `IMPLEMENTATIONS`.
+    implementation: a key of `IMPLEMENTATIONS`; None: what `choose` says of
+      the default backend, or "reference", which computes every neuron.
 
   Returns:
     The layer's output (B, D) in x's type, and how many neurons each token
     activates (B,), int32.
 
   Raises:
-    ValueError: on an unknown implementation, or shapes that do not fit.
+    ValueError: on an unknown implementation, one that cannot serve, or shapes
+      that do not fit.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is not one of "
-                     f"{', '.join(IMPLEMENTATIONS)}")
+  arrays = (x_BxD, gate_FxR, up_FxU, down_FxD)
+  if implementation is None:
+    implementation = choose(jax.default_backend(), *arrays) or "reference"
+  module = _module(implementation)
   neurons, width = gate_FxR.shape[0], x_BxD.shape[1]
   expected = [("gate_FxR", gate_FxR, min(gate_FxR.shape[1], width)),
               ("down_FxD", down_FxD, width)]
   if up_FxU is not None:
-    expected.append(("up_FxU", up_FxU, min(up_FxU.shape[1], width)))
+    columns = math.prod(up_FxU.shape[1:])
+    expected.append(("up_FxU", up_FxU, min(columns, width)))
   for name, array, columns in expected:
-    if array.shape != (neurons, columns):
-      raise ValueError(f"{name} has shape {array.shape}, expected "
-                       f"{(neurons, columns)}")
-  return IMPLEMENTATIONS[implementation](
-      x_BxD, gate_FxR, up_FxU, down_FxD, select, up_activation)
+    shape = (neurons, columns)
+    if array.shape != shape and (
+        array is gate_FxR or implementation != "pallas_tpu"
+        or (array.shape[0], math.prod(array.shape[1:])) != shape):
+      raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+  if reason := unsupported(implementation, *arrays):
+    raise ValueError(f"implementation={implementation!r}: {reason}")
+  return module.sparse_ffn(*arrays, select, up_activation)

@@ -14,6 +14,7 @@ slot in shared memory wait for the next round.
 """
 
 import functools
+import math
 
 import jax
 from jax import lax
@@ -25,19 +26,25 @@ from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  Select, StatisticalTopk)
 
+# Tokens with which reading everything is as fast, on an H200.
+FASTER_UP_TO = 4
 # Neurons of a tile: the rows of the smallest tensor core product.
 TILE = 64
 # Columns of the gate in one copy; 2 bytes each, four swizzled tiles of 128.
 _CHUNK = 256
-# Copies of the gate on their way, of 32 KB: two blocks share a multiprocessor.
-_COPIES = 3
-# Rows of `up` and `down` in shared memory at a time, 7 KB at Gemma-2-2B's
-# shapes: two blocks share a multiprocessor, and few tiles have more.
-_SLOTS = 12
+# Copies of the gate on their way, of 32 KB.
+_COPIES = 2
+# Shared memory for rows of `up` and `down`. Two blocks share a multiprocessor:
+# more and they would not, with less more tiles have rows that wait.
+_ROWS_BYTES = 108 * 1024
+# The same for several tokens: four blocks, whose waits overlap.
+_ROWS_BYTES_BATCH = 52 * 1024
 # A copy's longest dimension.
 _COLUMNS = 256
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
+# A number for each neuron of a tile, or for each tile: 64 or a multiple.
+_COLUMN = plgpu.Layout.WGMMA.reduce(1)
 # Of four rows, a row a warp: (4, columns / 256, 256), 8 columns a thread.
 _ROW_A_WARP = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 1, _COLUMNS), (8,))), warp_dims=(-4,), lane_dims=(-2,),
@@ -45,8 +52,9 @@ _ROW_A_WARP = plgpu.Layout.TILED(
 
 
 def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
-                up_FxU: jax.Array | None) -> str | None:
-  """Why these arrays cannot be served, or None if they can."""
+                up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
+  """As `api.unsupported`."""
+  del down_FxD  # (F, D), as the others are.
   if {x_BxD.dtype, gate_FxR.dtype} != {jnp.dtype(jnp.bfloat16)}:
     return f"needs bfloat16, not {x_BxD.dtype} and {gate_FxR.dtype}"
   if not 1 <= x_BxD.shape[0] <= 64:
@@ -123,140 +131,159 @@ def _predict_tile(x_gmem, gate_gmem, score_gmem, mean_gmem, square_gmem, *,
   mosaic_gpu.store(square_gmem.at[tile], (deviation * deviation).sum(0))
 
 
-def _activate(select: Select, score_Txn, mean_gmem, square_gmem, tiles):
-  """Activations of a tile (TILE, n), in the kernel."""
-  if isinstance(select, Elementwise):
-    return select.activation(score_Txn)
-  shape = mean_gmem.shape
-  mean, square = (mosaic_gpu.load(x, plgpu.Layout.WGMMA, optimized=False)
+def _threshold(token, select, mean_gmem, square_gmem, tiles) -> jax.Array:
+  """A token's threshold, a scalar in the kernel."""
+  mean, square = (mosaic_gpu.load(x.at[:, token], _COLUMN, optimized=False)
                   for x in (mean_gmem, square_gmem))
-  tile = plgpu.broadcasted_iota(jnp.int32, shape, 0,
-                                layout=plgpu.Layout.WGMMA)
-  mean = jnp.where(tile < tiles, mean, 0.0)
-  mean_n = mean.sum(0) / tiles
+  index = plgpu.broadcasted_iota(jnp.int32, mean.shape, 0, layout=_COLUMN)
+  mean_of_all = jnp.where(index < tiles, mean, 0.0).sum() / tiles
   # Chan et al., 1979: squared deviations of parts, put together.
-  apart = mean - lax.broadcast_in_dim(mean_n, shape, (1,))
-  square = jnp.where(tile < tiles, square + TILE * apart * apart, 0.0)
-  theta_n = select.theta(mean_n, square.sum(0), tiles * TILE)
-  over = score_Txn - lax.broadcast_in_dim(theta_n, score_Txn.shape, (1,))
-  return select.activation(jnp.maximum(over, 0.0))
+  apart = mean - mean_of_all
+  square = jnp.where(index < tiles, square + TILE * apart * apart, 0.0).sum()
+  return select.theta(mean_of_all, square, tiles * TILE)
 
 
-def _accumulate_scratch(n: int, up_gmem, down_gmem) -> dict:
-  """Shared memory of `_accumulate_tile`."""
-  def rows(gmem):
-    return plgpu.SMEM((_SLOTS, *gmem.shape[1:]), jnp.bfloat16)
-
-  barriers = plgpu.Barrier(num_barriers=_SLOTS)
+def _accumulate_scratch(tokens: int, up_gmem, down_gmem) -> dict:
+  """Shared memory of `_accumulate_block`."""
+  gmems = dict(down=down_gmem) | ({} if up_gmem is None else dict(up=up_gmem))
+  row_bytes = sum(2 * math.prod(x.shape[1:]) for x in gmems.values())
+  budget = _ROWS_BYTES if tokens == 1 else _ROWS_BYTES_BATCH
+  slots = min(TILE, budget // row_bytes)
+  groups = pl.cdiv(slots, 4)
   scratch = dict(
-      activation_smem=plgpu.SMEM((TILE, n), jnp.float32),
-      slot_smem=plgpu.SMEM((_SLOTS,), jnp.float32),
-      down_smem=rows(down_gmem), down_barriers=barriers)
-  if up_gmem is not None:
-    scratch |= dict(up_smem=rows(up_gmem), up_barriers=barriers)
+      activation_smem=plgpu.SMEM((TILE,), jnp.float32),
+      active_smem=plgpu.SMEM((TILE,), jnp.int32),
+      hidden_smem=plgpu.SMEM((4 * groups,), jnp.float32))
+  for name, gmem in gmems.items():
+    rows = 4 * groups if name == "up" else slots
+    scratch[f"{name}_smem"] = plgpu.SMEM((rows, *gmem.shape[1:]), jnp.bfloat16)
+    scratch[f"{name}_barriers"] = plgpu.Barrier(num_arrivals=4,
+                                                num_barriers=groups)
   return scratch
 
 
-def _accumulate_tile(token, select, up_activation, score_gmem, mean_gmem,
-                     square_gmem, x_gmem, up_gmem, down_gmem, y_gmem,
-                     count_gmem, *, activation_smem, slot_smem, down_smem,
-                     down_barriers, up_smem=None, up_barriers=None) -> None:
-  """A token's output from this block's tile of neurons, and how many fire.
+def _accumulate_block(select, up_activation, tiles, score_gmem, mean_gmem,
+                      square_gmem, x_gmem, up_gmem, down_gmem, y_gmem,
+                      count_gmem, *, activation_smem, active_smem, hidden_smem,
+                      down_smem, down_barriers, up_smem=None,
+                      up_barriers=None) -> None:
+  """A token's output from this block's tiles of neurons, and how many fire.
 
   Args:
-    token: which.
     select: `Elementwise` or `StatisticalTopk`.
     up_activation: of the other branch.
+    tiles: how many are this block's.
     score_gmem: the scores (F, n).
     mean_gmem: as `_predict_tile` has left them, as are the squares.
     square_gmem: the squares.
     x_gmem: the tokens (n, D / 256, 256).
     up_gmem: (F, U / 256, 256); None in a plain layer.
     down_gmem: (F, D / 256, 256).
-    y_gmem: written, (F / TILE, B, D / 256, 256) in float32.
-    count_gmem: written, (F / TILE, B), int32.
-    activation_smem: of the tile.
-    slot_smem: activations of the rows in the slots, later times `up`'s.
+    y_gmem: written, (blocks, B, D / 256, 256) in float32.
+    count_gmem: written, (blocks, B), int32.
+    activation_smem: of a tile.
+    active_smem: the active neurons of a tile, in order.
+    hidden_smem: activations of the rows in the slots, later times `up`'s.
     down_smem: rows of `down`, a slot each.
-    down_barriers: when such a row is there.
+    down_barriers: when four such rows are there.
     up_smem: rows of `up`, a slot each.
-    up_barriers: when such a row is there.
+    up_barriers: when four such rows are there.
   """
-  tile = lax.axis_index("tile")
-  score = mosaic_gpu.load(score_gmem.at[pl.ds(tile * TILE, TILE)],
-                          plgpu.Layout.WGMMA, optimized=False)
-  activation_smem[...] = _activate(select, score, mean_gmem, square_gmem,
-                                   score_gmem.shape[0] // TILE)
-  plgpu.commit_smem()
-  activations = [activation_smem[i, token] for i in range(TILE)]
-  ranks, count = [], jnp.int32(0)
-  for a in activations:
-    ranks.append(count)
-    count += (a != 0).astype(jnp.int32)
-  count_gmem[tile, token] = count
+  block, token = lax.axis_index("block"), lax.axis_index("token")
+  neurons, slots = score_gmem.shape[0], down_smem.shape[0]
+  if up_gmem is not None:
+    columns = up_gmem.shape[1]
+    last = pl.ds(x_gmem.shape[1] - columns, columns)
+    x = mosaic_gpu.load(x_gmem.at[token, last], _ROW_A_WARP.reduce(0),
+                        optimized=False).astype(jnp.float32)
+  if isinstance(select, StatisticalTopk):
+    theta = _threshold(token, select, mean_gmem, square_gmem, neurons // TILE)
 
-  def ask(first):
-    """Starts copies of the rows with ranks from `first` on."""
-    for i, (a, rank) in enumerate(zip(activations, ranks)):
-      slot = rank - first
+  def list_active(tile):
+    """Writes a tile's activations and list; how many are active."""
+    score = mosaic_gpu.load(score_gmem.at[pl.ds(tile * TILE, TILE), token],
+                            _COLUMN, optimized=False)
+    if isinstance(select, StatisticalTopk):
+      score = jnp.maximum(score - theta, 0.0)
+    activation_smem[...] = select.activation(score)
+    plgpu.commit_smem()
+    activations = [activation_smem[i] for i in range(TILE)]
+    count = jnp.int32(0)
+    for i, a in enumerate(activations):
+      # Without a branch: the next active neuron overwrites an inactive one.
+      active_smem[count] = jnp.int32(i)
+      count += (a != 0).astype(jnp.int32)
+    return count
 
-      @pl.when((a != 0) & (slot >= 0) & (slot < _SLOTS))
-      def _():
-        row = tile * TILE + i
-        slot_smem[slot] = a
-        if up_gmem is not None:
-          plgpu.copy_gmem_to_smem(up_gmem.at[row], up_smem.at[slot],
-                                  up_barriers.at[slot])
-        plgpu.copy_gmem_to_smem(down_gmem.at[row], down_smem.at[slot],
-                                down_barriers.at[slot])
-
-  def multiply_up(group, here, x):
-    """Four slots' activations times their `up` products, in place."""
-    for i in range(4):
-      slot = group * 4 + i
+  def ask(tile, first, here, gmem, smem, barriers):
+    """Starts copies of active neurons' rows, a barrier for every four."""
+    @pl.loop(0, 4 * pl.cdiv(here, 4))
+    def _(slot):
+      barrier = barriers.at[slot // 4]
 
       @pl.when(slot < here)
       def _():
-        plgpu.barrier_wait(up_barriers.at[slot])
+        row = tile * TILE + active_smem[first + slot]
+        plgpu.copy_gmem_to_smem(gmem.at[row], smem.at[slot], barrier)
+
+      @pl.when(slot >= here)
+      def _():
+        plgpu.barrier_arrive(barrier)
+
+  def multiply_up(group, here):
+    """Multiplies four neurons' activations with their `up` products."""
+    plgpu.barrier_wait(up_barriers.at[group])
     four = pl.ds(group * 4, 4)
     rows = mosaic_gpu.load(up_smem.at[four], _ROW_A_WARP)
-    x = plgpu.layout_cast(lax.broadcast_in_dim(x, rows.shape, (1, 2)),
-                          _ROW_A_WARP)
-    product = (rows.astype(jnp.float32) * x).sum(1).sum(1)
-    h = mosaic_gpu.load(slot_smem.at[four], _ROW_A_WARP.reduce((1, 2)))
-    slot_smem[four] = h * up_activation(product)
+    x_rows = plgpu.layout_cast(lax.broadcast_in_dim(x, rows.shape, (1, 2)),
+                               _ROW_A_WARP)
+    product = (rows.astype(jnp.float32) * x_rows).sum(1).sum(1)
+    hidden_smem[four] = up_activation(product) * mosaic_gpu.load(
+        hidden_smem.at[four], _ROW_A_WARP.reduce((1, 2)))
 
-  def one_round(i, y):
-    here = jnp.minimum(count - i * _SLOTS, _SLOTS)
-    plgpu.commit_smem()  # Last round's reads come before this one's copies.
-    ask(i * _SLOTS)
-    plgpu.commit_smem()
+  def add_down(group, here, y):
+    """Adds four rows, times what stands for them in `hidden_smem`."""
+    plgpu.barrier_wait(down_barriers.at[group])
+    for i in range(4):
+      slot = group * 4 + i
+      row = down_smem[jnp.minimum(slot, slots - 1)].astype(jnp.float32)
+      # What no copy has filled may hold anything, NaN too.
+      y += jnp.where(slot < here, hidden_smem[slot] * row, 0.0)
+    return y
+
+  def one_round(i, y, tile, count):
+    first = i * slots
+    here = jnp.minimum(count - first, slots)
+    groups = pl.cdiv(here, 4)
+    plgpu.commit_smem()  # The list is there; last round's rows have been read.
     if up_gmem is not None:
-      columns = up_gmem.shape[1]
-      last = pl.ds(x_gmem.shape[1] - columns, columns)
-      x = mosaic_gpu.load(x_gmem.at[token, last], _ROW_A_WARP.reduce(0),
-                          optimized=False).astype(jnp.float32)
+      ask(tile, first, here, up_gmem, up_smem, up_barriers)
+    ask(tile, first, here, down_gmem, down_smem, down_barriers)
 
-      @pl.loop(0, pl.cdiv(here, 4))
-      def _(group):
-        multiply_up(group, here, x)
+    @pl.loop(0, here)
+    def _(slot):
+      hidden_smem[slot] = activation_smem[active_smem[first + slot]]
 
+    if up_gmem is not None:
       plgpu.commit_smem()
+      pl.loop(0, groups)(lambda group: multiply_up(group, here))
+    plgpu.commit_smem()
+    return lax.fori_loop(0, groups, lambda g, y: add_down(g, here, y), y)
 
-    def add(slot, y):
-      plgpu.barrier_wait(down_barriers.at[slot])
-      return y + slot_smem[slot] * down_smem[slot].astype(jnp.float32)
-
-    return lax.fori_loop(0, here, add, y)
+  def one_tile(i, carry):
+    y, total = carry
+    tile = block * tiles + i
+    count = list_active(tile)
+    y = lax.fori_loop(0, pl.cdiv(count, slots),
+                      lambda i, y: one_round(i, y, tile, count), y)
+    plgpu.commit_smem()
+    return y, total + count
 
   shape = down_gmem.shape[1:]
   y = plgpu.layout_cast(jnp.zeros(shape, jnp.float32),
                         plgpu.Layout.WG_STRIDED(shape, 2))
-  y_gmem[tile, token] = lax.fori_loop(0, pl.cdiv(count, _SLOTS), one_round, y)
-
-
-def _linear(x: jax.Array) -> jax.Array:
-  return x
+  y_gmem[block, token], count_gmem[block, token] = lax.fori_loop(
+      0, tiles, one_tile, (y, jnp.int32(0)))
 
 
 def _kernel(body, out_type, grid, **scratch):
@@ -267,13 +294,19 @@ def _kernel(body, out_type, grid, **scratch):
       compiler_params=mosaic_gpu.PARAMS)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _predict(x_nxD, gate_FxR, tiles):
+def _columns(x: jax.Array) -> jax.Array:
+  """A copy's dimensions are at most 256: a row is a few of those."""
+  return x.reshape(x.shape[0], -1, _COLUMNS)
+
+
+@jax.jit
+def _predict(x_nxD, gate_FxR):
   """Scores (F, n), tiles' means and squared deviations (t, n), in float32.
 
   Rows of t beyond the tiles, up to a multiple of 64, are not written.
   """
   n, (neurons, width) = x_nxD.shape[0], gate_FxR.shape
+  tiles = neurons // TILE
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   statistics = f32((64 * pl.cdiv(tiles, 64), n))
   return _kernel(
@@ -284,28 +317,26 @@ def _predict(x_nxD, gate_FxR, tiles):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _accumulate(tokens, select, up_activation, score, mean, square, x_nxD,
                 up_FxU, down_FxD):
-  """Partial sums (F / TILE, B, D / 256, 256), counts (F / TILE, B)."""
-  (neurons, n), tiles = score.shape, score.shape[0] // TILE
-
-  def columns(x):
-    """A copy's dimensions are at most 256: a row is a few of those."""
-    return x.reshape(x.shape[0], -1, _COLUMNS)
-
-  down = columns(down_FxD)
-  rows = (down,) if up_FxU is None else (columns(up_FxU), down)
+  """Partial sums (blocks, B, D / 256, 256), counts (blocks, B)."""
+  tiles, down = score.shape[0] // TILE, _columns(down_FxD)
+  rows = (down,) if up_FxU is None else (_columns(up_FxU), down)
+  # With many tokens fewer blocks a token, so that less is left to add up.
+  each = max(k for k in (1, 2, 3, 4) if k <= max(1, tokens // 2)
+             and tiles % k == 0)
+  blocks = tiles // each
 
   def body(score, mean, square, x, *refs, **smem):
     *rows, y, count = refs
     up = rows[0] if len(rows) > 1 else None
-    _accumulate_tile(lax.axis_index("token"), select, up_activation, score,
-                     mean, square, x, up, rows[-1], y, count, **smem)
+    _accumulate_block(select, up_activation, each, score, mean, square, x, up,
+                      rows[-1], y, count, **smem)
 
-  out = (jax.ShapeDtypeStruct((tiles, tokens, *down.shape[1:]), jnp.float32),
-         jax.ShapeDtypeStruct((tiles, tokens), jnp.int32))
-  scratch = _accumulate_scratch(n, rows[0] if up_FxU is not None else None,
+  out = (jax.ShapeDtypeStruct((blocks, tokens, *down.shape[1:]), jnp.float32),
+         jax.ShapeDtypeStruct((blocks, tokens), jnp.int32))
+  scratch = _accumulate_scratch(tokens, rows[0] if len(rows) > 1 else None,
                                 down)
-  return _kernel(body, out, dict(tile=tiles, token=tokens), **scratch)(
-      score, mean, square, columns(x_nxD), *rows)
+  return _kernel(body, out, dict(block=blocks, token=tokens), **scratch)(
+      score, mean, square, _columns(x_nxD), *rows)
 
 
 def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
@@ -315,10 +346,14 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
   tokens = x_BxD.shape[0]
   # The tensor cores' least. XLA makes the rows where it makes x.
   x_nxD = jnp.pad(x_BxD, ((0, -tokens % 8), (0, 0)))
-  score, mean, square = _predict(x_nxD, gate_FxR, gate_FxR.shape[0] // TILE)
+  score, mean, square = _predict(x_nxD, gate_FxR)
   if not isinstance(select, (Elementwise, StatisticalTopk)):
     # Of the whole row: XLA's work.
     score, select = select(score.T).T, Elementwise(_linear)
   y, count = _accumulate(tokens, select, up_activation, score, mean, square,
                          x_nxD, up_FxU, down_FxD)
-  return (y.sum(0).reshape(x_BxD.shape).astype(x_BxD.dtype), count.sum(0))
+  return y.sum(0).reshape(x_BxD.shape).astype(x_BxD.dtype), count.sum(0)
+
+
+def _linear(x: jax.Array) -> jax.Array:
+  return x

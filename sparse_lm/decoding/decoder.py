@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.config import ModelConfig
+from sparse_lm.decoding.attention import (CachedAttention, choose_attention,
+                                          decoding_cache)
 from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
-from sparse_lm.kernels.sparse_ffn import choose
+from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS, unsupported
 from sparse_lm.model import activity
-from sparse_lm.model.cache import empty_cache
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
 
 
@@ -31,63 +32,100 @@ class Decoder:
   inactive neurons are skipped, in the type that the model computes in.
 
   Attributes:
-    ffn_implementations: of each layer: "dense", or the kernel that skips its
-      inactive neurons.
+    ffn_implementations: of each layer in the newest `generate`: "dense", or the
+      kernel that skips inactive neurons, token by token after the prompt.
+    attention_implementations: likewise, of keys.
     statistics: of the newest `generate`.
   """
 
   def __init__(self, config: ModelConfig, params: Any, *,
-               skip_inactive: bool = True):
+               skip_inactive: bool = True,
+               ffn_implementation: str | None = None,
+               prefill_chunk: int = 512, measure: bool = True):
     """Lays out a model's parameters.
 
     Args:
       config: the model's.
       params: as training has them.
-      skip_inactive: False computes every neuron, to compare with. So does
-        True where no kernel is faster (see `kernels.sparse_ffn.choose`).
+      skip_inactive: False computes every neuron and key, to compare with. So
+        does True where no kernel is faster (see `choose` of
+        `kernels.sparse_ffn` and `kernels.sparse_attention`).
+      ffn_implementation: a key of `kernels.sparse_ffn.IMPLEMENTATIONS`, to
+        have that one; None: the fastest here.
+      prefill_chunk: prompts are fed in pieces of at most so many tokens, which
+        bounds the memory of their attention scores.
+      measure: False keeps no statistics.
     """
+    if ffn_implementation not in (None, *IMPLEMENTATIONS):
+      raise UserError(f"--ffn_implementation={ffn_implementation}: is not one "
+                      f"of {', '.join(IMPLEMENTATIONS)}")
     model = unstack(nnx.merge(model_graph(config), params))
     self.config = config
-    self.ffn_implementations = []
-    kernel = choose(jax.default_backend()) if skip_inactive else None
+    self.ffn_implementations, self.attention_implementations = [], []
+    self._skip_keys, self._chunk = skip_inactive, prefill_chunk
     for block, sparse in zip(model.blocks, config.sparse_layers):
-      skips = kernel is not None and can_skip(block.ffn, sparse)
-      if skips:
-        block.ffn = NeuronMajorFFN(block.ffn, sparse, kernel)
-      self.ffn_implementations.append(kernel if skips else "dense")
+      block.attention = CachedAttention(block.attention)
+      if skip_inactive and can_skip(block.ffn, sparse):
+        block.ffn = NeuronMajorFFN(block.ffn, sparse, ffn_implementation)
     self.statistics: Statistics | None = None  # of the newest `generate`
     self._dtype = model.dtype
-    graph, params = nnx.split(model)
+    self._graph, params = nnx.split(model)
     # Norms' scales, the vectors, are used in float32.
     self._params = jax.tree.map(
         lambda x: x.astype(self._dtype) if x.ndim > 1 else x, params)
-    self._advance = jax.jit(functools.partial(self._step, graph),
-                            static_argnums=6, donate_argnums=1)
+    self._advance = jax.jit(functools.partial(self._step, self._graph, measure),
+                            static_argnums=7, donate_argnums=1)
+
+  def _choose_ffns(self, batch: int) -> list[str]:
+    """What each layer does with one token a row.
+
+    Raises:
+      UserError: where the kernel that was asked for cannot serve.
+    """
+    x_BxD = jax.ShapeDtypeStruct((batch, self.config.model_dim), self._dtype)
+    names = []
+    for block in nnx.merge(self._graph, self._params).blocks:
+      ffn = block.ffn
+      name = ffn.chosen(x_BxD) if isinstance(ffn, NeuronMajorFFN) else None
+      reason = name and unsupported(name, x_BxD, *ffn.matrices())
+      if reason:
+        raise UserError(f"--ffn_implementation={name}: {reason}")
+      names.append(name or "dense")
+    return names
 
   @staticmethod
-  def _step(graph, params, cache, tokens_BxL, start_B, last_B, key, sampler):
+  def _step(graph, measure, params, carry, tokens_BxL, start_B, last_B, key,
+            draw, sampler):
     """Feeds L tokens a row; the cache then holds them.
 
     Args:
       graph: the model without its parameters.
+      measure: whether to add statistics up.
       params: the model's.
-      cache: donated.
+      carry: the cache, and statistics to add to or None; donated.
       tokens_BxL: the tokens, from position `start_B` on.
       start_B: each row's first position.
       last_B: which of the L outputs the next token is drawn from.
-      key: for the draw.
+      key: of all draws.
+      draw: which draw this is.
       sampler: static.
 
     Returns:
-      The next token (B,), the cache, the statistics of these tokens.
+      The next token (B,), the cache and statistics.
     """
+    cache, earlier = carry
     positions_BxL = start_B[:, None] + jnp.arange(tokens_BxL.shape[1])
     model = nnx.merge(graph, params)
     x_BxLxD, statistics, cache = model.hidden(
         tokens_BxL, positions_BxL, cache=cache, measures=activity.DECODING)
     last_Bx1xD = jnp.take_along_axis(x_BxLxD, last_B[:, None, None], axis=1)
     logits_BxV = model.unembed(last_Bx1xD)[:, 0]
-    return sampler(logits_BxV, key), cache, statistics
+    if not measure:
+      statistics = None
+    elif earlier is not None:
+      statistics = jax.tree.map(jnp.add, earlier, statistics)
+    drawn_B = sampler(logits_BxV, jax.random.fold_in(key, draw))
+    return drawn_B, (cache, statistics)
 
   def _check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
     longest, limit = max(map(len, prompts)), self.config.context_length
@@ -99,14 +137,43 @@ class Decoder:
     if max_new < 1:
       raise UserError(f"--max_new_tokens={max_new}: must be above 0")
 
+  def _prefill(self, cache, prompts, key, sampler):
+    """Feeds the prompts, a chunk at a time.
+
+    Rows that have ended are fed padding: its keys lie beyond the row's end,
+    where the tokens drawn are written later.
+
+    Returns:
+      The first token drawn, and what `_step` carries, statistics all 0.
+    """
+    lengths_B = np.array([len(p) for p in prompts], np.int32)
+    longest = int(lengths_B.max())
+    width = _bucket(longest, min(self._chunk, self.config.context_length))
+    tokens_BxL = np.zeros((len(prompts), -(-longest // width) * width),
+                          np.int32)
+    for row, prompt in zip(tokens_BxL, prompts):
+      row[:len(prompt)] = prompt
+    next_B = None
+    for start in range(0, longest, width):
+      last_B = lengths_B - 1 - start
+      drawn_B, (cache, statistics) = self._advance(
+          self._params, (cache, None), tokens_BxL[:, start:start + width],
+          np.full_like(lengths_B, start), np.clip(last_B, 0, width - 1), key,
+          np.int32(0), sampler)
+      # A row's token is drawn after the chunk that holds its prompt's end.
+      next_B = drawn_B if next_B is None else jnp.where(last_B >= 0, drawn_B,
+                                                        next_B)
+    return next_B, (cache, jax.tree.map(jnp.zeros_like, statistics))
+
   def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                sampler: Sampler, key: jax.Array,
                stop_id: int | None = None) -> Iterator[np.ndarray]:
     """Yields the next token of every row, (B,), until all rows stopped.
 
     Rows may differ in length. A row that has drawn `stop_id` goes on yielding
-    it. The context's end ends the generation too. `self.statistics` holds the
-    sparsity of the tokens decoded so far, one by one after the prompt.
+    it. The context's end ends the generation too. At the end
+    `self.statistics` holds the sparsity of the tokens decoded one by one after
+    the prompt.
 
     Raises:
       UserError: on an empty prompt or one that the context cannot hold.
@@ -115,34 +182,30 @@ class Decoder:
     lengths_B = np.array([len(p) for p in prompts], np.int32)
     limit = self.config.context_length
     steps = min(max_new_tokens, limit - int(lengths_B.max()))
-    padded = _bucket(int(lengths_B.max()), limit)
-    tokens_BxL = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in zip(tokens_BxL, prompts):
-      row[:len(prompt)] = prompt
-    slots = _bucket(padded + steps, limit)
-    cache = empty_cache(self.config, len(prompts), slots, self._dtype)
-    keys = jax.random.split(key, steps)
-    next_B, cache, _ = self._advance(
-        self._params, cache, tokens_BxL, np.zeros_like(lengths_B),
-        lengths_B - 1, keys[0], sampler)
+    slots = _bucket(int(lengths_B.max()) + steps, limit)
+    attention = (choose_attention(self.config.attention, slots)
+                 if self._skip_keys else "dense")
+    self.attention_implementations = [attention] * self.config.num_layers
+    self.ffn_implementations = self._choose_ffns(len(prompts))
+    cache = decoding_cache(self.config, len(prompts), slots, self._dtype,
+                           attention)
     self.statistics = None
+    next_B, carry = self._prefill(cache, prompts, key, sampler)
     stopped_B = np.zeros(len(prompts), bool)
     for i in range(steps):
       newest_B = next_B
       if i + 1 < steps:  # Runs while the caller handles the newest token.
-        next_B, cache, statistics = self._advance(
-            self._params, cache, newest_B[:, None], lengths_B + i,
-            np.zeros_like(lengths_B), keys[i + 1], sampler)
-        self.statistics = (
-            statistics if self.statistics is None
-            else jax.tree.map(jnp.add, self.statistics, statistics))
+        next_B, carry = self._advance(
+            self._params, carry, newest_B[:, None], lengths_B + i,
+            np.zeros_like(lengths_B), key, np.int32(i + 1), sampler)
       drawn_B = np.asarray(newest_B)
       if stop_id is not None:
         drawn_B = np.where(stopped_B, stop_id, drawn_B)
         stopped_B |= drawn_B == stop_id
       yield drawn_B
       if stopped_B.all():
-        return
+        break
+    self.statistics = carry[1]
 
   def sparsity(self) -> dict[str, float]:
     """Of the newest `generate`: means over the tokens decoded one by one."""

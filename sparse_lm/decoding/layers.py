@@ -6,9 +6,11 @@ import scipy.special
 
 from sparse_lm.config import RELU_FAMILY
 from sparse_lm.kernels.sparse_ffn import (Elementwise, Select,
-                                          StatisticalTopk, sparse_ffn)
+                                          StatisticalTopk, choose, layout,
+                                          sparse_ffn)
 from sparse_lm.model.activity import ActiveCount, Activity
 from sparse_lm.model.ffn import FFN, apply_sparsifier
+from sparse_lm.model.layers import project
 
 
 def can_skip(ffn: FFN, sparse: bool) -> bool:
@@ -47,38 +49,57 @@ class NeuronMajorFFN(FFN):
   """An FFN whose `gate` and `up` have a row a neuron, as `down` has.
 
   One token a row of the batch reads the rows of active neurons alone, by
-  `sparse_lm.kernels.sparse_ffn`; a prompt, of many tokens, reads everything.
+  `sparse_lm.kernels.sparse_ffn`, where that is faster; a prompt, of many
+  tokens, reads everything.
   """
 
-  def __init__(self, ffn: FFN, sparse: bool, implementation: str):
+  def __init__(self, ffn: FFN, sparse: bool, implementation: str | None):
     """Takes over the parameters of `ffn`.
 
     Args:
       ffn: the layer as training has it; `can_skip` must hold.
       sparse: whether its sparsifier is on.
-      implementation: of the kernel.
+      implementation: of the kernel; None: the fastest, or none.
     """
+    def lay_out(rows_FxD):
+      return layout(rows_FxD, implementation) if implementation else rows_FxD
+
     self.config, self.inputs = ffn.config, ffn.inputs
     self.activation, self.up_activation = ffn.activation, ffn.up_activation
     self.implementation = implementation
     self.select = make_select(ffn, sparse)
-    self.gate_FxD, self.down_FxD = nnx.Param(ffn.gate_DxF[...].T), ffn.down_FxD
+    self.gate_FxD = nnx.Param(ffn.gate_DxF[...].T)
+    self.down_FxD = nnx.Param(lay_out(ffn.down_FxD[...]))
     if self.config.shape != "plain":
-      self.up_FxD = nnx.Param(ffn.up_DxF[...].T)
+      self.up_FxD = nnx.Param(lay_out(ffn.up_DxF[...].T))
 
   def project_gate(self, x_gate_BxLxD: jax.Array) -> jax.Array:
     return _project_rows(x_gate_BxLxD, self.gate_FxD[...])
 
   def project_up(self, x_up_BxLxD: jax.Array) -> jax.Array:
-    return _project_rows(x_up_BxLxD, self.up_FxD[...])
+    rows_FxD = self.up_FxD[...].reshape(self.config.num_neurons, -1)
+    return _project_rows(x_up_BxLxD, rows_FxD)
+
+  def project_down(self, hidden_BxLxF: jax.Array) -> jax.Array:
+    rows_FxD = self.down_FxD[...].reshape(self.config.num_neurons, -1)
+    return project(hidden_BxLxF, rows_FxD)
+
+  def matrices(self) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    up_FxD = self.up_FxD[...] if self.config.shape != "plain" else None
+    return self.gate_FxD[...], up_FxD, self.down_FxD[...]
+
+  def chosen(self, x_BxD: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+    """The kernel for one token a row; None: every neuron is computed."""
+    return self.implementation or choose(jax.default_backend(), x_BxD,
+                                         *self.matrices())
 
   def __call__(self, x_BxLxD: jax.Array, sparse: bool | jax.Array = True
                ) -> tuple[jax.Array, Activity | ActiveCount]:
-    if x_BxLxD.shape[1] > 1:
+    x_BxD = x_BxLxD[:, 0]
+    chosen = self.chosen(x_BxD) if x_BxLxD.shape[1] == 1 else None
+    if chosen is None:
       return super().__call__(x_BxLxD, sparse)
-    up_FxD = self.up_FxD[...] if self.config.shape != "plain" else None
     y_BxD, active_B = sparse_ffn(
-        x_BxLxD[:, 0], self.gate_FxD[...], up_FxD, self.down_FxD[...],
-        select=self.select, up_activation=self.up_activation,
-        implementation=self.implementation)
+        x_BxD, *self.matrices(), select=self.select,
+        up_activation=self.up_activation, implementation=chosen)
     return y_BxD[:, None], ActiveCount(active_B[:, None])

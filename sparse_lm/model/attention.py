@@ -154,22 +154,21 @@ class Attention(nnx.Module):
         for w in (self.query_DxHxE, self.key_DxKxE, self.value_DxKxE))
     query_BxLxHxE = self._rope(query_BxLxHxE, positions_BxL)
     key = self._rope(key, positions_BxL)
+    b, l, h, e = query_BxLxHxE.shape
+    query = query_BxLxHxE.reshape(b, l, self.config.num_kv_heads, -1, e)
+    query_BxKxGxLxE = query.transpose(0, 2, 3, 1, 4)
     if cache is None:
       keys = dict(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2),
                   positions=positions_BxL, segments=segments_BxL)
+      in_blocks = (self.config.shape == "spark"
+                   and 0 < self.config.query_chunk < l)
+      attend = self._attend_in_blocks if in_blocks else self._attend_in_chunks
+      mixed, attended, seen = attend(query_BxKxGxLxE, positions_BxL,
+                                     segments_BxL, keys, window)
     else:
       cache = cache.write(key, value, positions_BxL)
-      slots = cache.key_BxKxSxE.shape[2]
-      keys = dict(key=cache.key_BxKxSxE, value=cache.value_BxKxSxE,
-                  positions=jnp.arange(slots)[None], segments=None)
-    b, l, h, e = query_BxLxHxE.shape
-    query = query_BxLxHxE.reshape(b, l, self.config.num_kv_heads, -1, e)
-    in_blocks = (cache is None and self.config.shape == "spark"
-                 and 0 < self.config.query_chunk < l)
-    attend = self._attend_in_blocks if in_blocks else self._attend_in_chunks
-    mixed, attended, seen = attend(
-        query.transpose(0, 2, 3, 1, 4), positions_BxL, segments_BxL, keys,
-        window)
+      mixed, attended, seen = self.attend_to_cache(
+          query_BxKxGxLxE, positions_BxL, cache, window)
     mixed_BxLxHxE = mixed.transpose(0, 3, 1, 2, 4).reshape(b, l, h, e)
     mixed_BxLxHxE = sparsify.sparsify_input(mixed_BxLxHxE, self.inputs, axes=2)
     y_BxLxD = project(mixed_BxLxHxE, self.output_HxExD[...], in_axes=2)
@@ -184,6 +183,16 @@ class Attention(nnx.Module):
         segments_BxL, window, predictor_dim=config.predictor_dim,
         top_k=config.top_k, softcap=config.logit_softcap,
         block_q=config.query_chunk, block_k=config.query_chunk)
+
+  def attend_to_cache(self, query_BxKxGxLxE: jax.Array,
+                      positions_BxL: jax.Array, cache: LayerCache,
+                      window: jax.Array | int
+                      ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Values mixed (B, K, G, L, E); keys attended, keys visible (B, L)."""
+    keys = dict(key=cache.key_BxKxSxE, value=cache.value_BxKxSxE,
+                positions=jnp.arange(cache.slots)[None], segments=None)
+    return self._attend_in_chunks(query_BxKxGxLxE, positions_BxL, None, keys,
+                                  window)
 
   def _attend_in_chunks(self, query_BxKxGxLxE, positions_BxL, segments_BxL,
                         keys, window):

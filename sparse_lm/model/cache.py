@@ -8,6 +8,22 @@ import jax.numpy as jnp
 from sparse_lm.config import ModelConfig
 
 
+def write_rows(cached_BxKxSxE: jax.Array, new_BxLxKxE: jax.Array,
+               positions_BxL: jax.Array) -> jax.Array:
+  """A cache's array with each row's new tokens at their positions.
+
+  Positions beyond its slots are dropped.
+  """
+  # Heads are indexed, not sliced: XLA's CPU backend turns the write of a single
+  # slice into an update that it fuses, a second time beside the cache's own,
+  # with what reads it, and copies the whole cache for that.
+  batch, heads = cached_BxKxSxE.shape[:2]
+  rows_Bx1x1 = jnp.arange(batch)[:, None, None]
+  return cached_BxKxSxE.at[
+      rows_Bx1x1, jnp.arange(heads), positions_BxL[:, :, None]].set(
+          new_BxLxKxE.astype(cached_BxKxSxE.dtype), mode="drop")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -23,14 +39,13 @@ class LayerCache:
   def write(self, key_BxLxKxE: jax.Array, value_BxLxKxE: jax.Array,
             positions_BxL: jax.Array) -> "LayerCache":
     """The cache with each row's new tokens at their positions."""
-    rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
+    return LayerCache(
+        write_rows(self.key_BxKxSxE, key_BxLxKxE, positions_BxL),
+        write_rows(self.value_BxKxSxE, value_BxLxKxE, positions_BxL))
 
-    def put(cached, new):
-      return cached.at[rows_Bx1, :, positions_BxL].set(
-          new.astype(cached.dtype), mode="drop")
-
-    return LayerCache(put(self.key_BxKxSxE, key_BxLxKxE),
-                      put(self.value_BxKxSxE, value_BxLxKxE))
+  @property
+  def slots(self) -> int:
+    return self.key_BxKxSxE.shape[2]
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int,

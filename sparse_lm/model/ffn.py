@@ -76,6 +76,10 @@ class FFN(nnx.Module):
     """The branch without the gate (B, L, F), before its activation."""
     return project(x_up_BxLxD, self.up_DxF[...])
 
+  def project_down(self, hidden_BxLxF: jax.Array) -> jax.Array:
+    """The layer's output (B, L, D)."""
+    return project(hidden_BxLxF, self.down_FxD[...])
+
   def hidden(self, x_BxLxD: jax.Array,
              sparse: bool | jax.Array = True) -> Activity:
     """Everything up to down's input, `Activity.hidden_BxLxF`.
@@ -100,4 +104,4 @@ class FFN(nnx.Module):
                sparse: bool | jax.Array = True) -> tuple[jax.Array, Activity]:
     """The layer's output (B, L, D), and what its neurons did."""
     activity = self.hidden(x_BxLxD, sparse)
-    return project(activity.hidden_BxLxF, self.down_FxD[...]), activity
+    return self.project_down(activity.hidden_BxLxF), activity

@@ -11,7 +11,8 @@ import scipy.special
 
 from sparse_lm.config import (AttentionConfig, FFNConfig, LinearInputsConfig,
                               ModelConfig)
-from sparse_lm.decoding import Decoder, Greedy, make_sampler
+from sparse_lm.decoding import (Decoder, Greedy, attention,
+                                make_sampler)
 from sparse_lm.errors import UserError
 from sparse_lm.model import Transformer
 
@@ -34,12 +35,12 @@ Q_SPARSE = dataclasses.replace(
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(10, 31))]  # ragged
 
 
-def make(config):
+def make(config, **options):
   model = Transformer(config, nnx.Rngs(0))
   params = nnx.to_pure_dict(nnx.state(model))
   graph = nnx.graphdef(model)
   forward = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
-  return Decoder(config, params), forward
+  return Decoder(config, params, **options), forward
 
 
 def run(decoder, prompts, steps, sampler=Greedy(), **keys):
@@ -47,24 +48,64 @@ def run(decoder, prompts, steps, sampler=Greedy(), **keys):
   return np.array(list(drawn))
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE, Q_SPARSE],
-                         ids=["spark", "dense", "q_sparse"])
-def test_decoding_is_teacher_forcing(config):
+def check_teacher_forcing(decoder, forward):
   """Each token drawn is the whole sequence's forward pass's, ragged rows too.
 
   The likeliest token's lead over the next one is checked, so that rounding
   cannot explain an agreement or hide a difference.
   """
-  decoder, forward = make(config)
   drawn_TxB = run(decoder, PROMPTS, 20)
   for row, prompt in enumerate(PROMPTS):
     sequence = [*prompt, *drawn_TxB[:, row]]
-    padded = np.zeros((1, config.context_length), np.int32)
+    padded = np.zeros((1, decoder.config.context_length), np.int32)
     padded[0, :len(sequence)] = sequence
     logits = np.asarray(forward(padded)[0][0])
     for i, token in enumerate(sequence[len(prompt):], len(prompt) - 1):
       assert logits[i].max() - logits[i, token] < 1e-4
   assert len({tuple(drawn_TxB[:, row]) for row in range(3)}) == 3
+
+
+@pytest.mark.parametrize("config", [CONFIG, DENSE, Q_SPARSE],
+                         ids=["spark", "dense", "q_sparse"])
+def test_decoding_is_teacher_forcing(config):
+  check_teacher_forcing(*make(config))
+
+
+def test_decoding_by_a_kernel_is_teacher_forcing(monkeypatch):
+  monkeypatch.setattr(attention, "choose", lambda *_: "xla")
+  decoder, forward = make(CONFIG)
+  check_teacher_forcing(decoder, forward)
+  assert decoder.attention_implementations == ["xla"] * 2
+
+
+@pytest.fixture(scope="module", name="whole")
+def whole_prompts():
+  """What is drawn after prompts that are fed whole, greedily or not."""
+  decoder, _ = make(CONFIG)
+  return {sampler: run(decoder, PROMPTS, 12, sampler)
+          for sampler in (Greedy(), make_sampler(1.0))}
+
+
+# Of the prompts of 1, 5 and 21 tokens, the chunks' boundaries cut one or two,
+# or touch an end; 20 leaves a last chunk that is mostly padding.
+@pytest.mark.parametrize("chunk, kernel", [(3, None), (5, "xla"), (20, None)])
+def test_a_prompt_in_chunks_is_the_prompt(monkeypatch, whole, chunk, kernel):
+  monkeypatch.setattr(attention, "choose", lambda *_: kernel)
+  decoder, _ = make(CONFIG, prefill_chunk=chunk)
+  for sampler, drawn in whole.items():
+    np.testing.assert_array_equal(run(decoder, PROMPTS, 12, sampler), drawn)
+
+
+def test_a_prompt_may_fill_the_context_but_for_one_token():
+  """The last chunk's padding would stand beyond the cache's end."""
+  prompts = [[1] * 46, list(range(47)), [7]]
+  decoder, forward = make(CONFIG, prefill_chunk=10)
+  drawn, = run(decoder, prompts, 5)
+  for token, prompt in zip(drawn, prompts):
+    padded = np.zeros((1, 48), np.int32)
+    padded[0, :len(prompt)] = prompt
+    logits = np.asarray(forward(padded)[0][0, len(prompt) - 1])
+    assert logits.max() - logits[token] < 1e-4
 
 
 def test_logits_with_a_cache_equal_those_without():

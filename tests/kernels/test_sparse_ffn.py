@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels.sparse_ffn import (IMPLEMENTATIONS, choose,
-                                          sparse_ffn)
+from sparse_lm.kernels.sparse_ffn import choose, sparse_ffn
 
 R, U, F, D = 6, 10, 48, 16  # of Spark: R + U = D
+IMPLEMENTATIONS = ["xla", "reference"]  # those of a CPU
 
 
 def select_above(threshold, scores):
@@ -52,7 +52,7 @@ def run(arrays, threshold, implementation, plain=False):
     batch=st.sampled_from([1, 3, 8]), seed=st.integers(0, 99),
     # From all active to none: both ways of the streaming one are taken.
     threshold=st.sampled_from([-1e9, -1.0, 0.0, 2.0, 5.0, 1e9]),
-    implementation=st.sampled_from(list(IMPLEMENTATIONS)),
+    implementation=st.sampled_from(IMPLEMENTATIONS),
     plain=st.booleans())
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_against_the_formula(batch, seed, threshold, implementation, plain):
@@ -139,6 +139,30 @@ def test_what_does_not_fit_is_refused(change, message):
     sparse_ffn(**arguments)
 
 
-def test_the_loop_over_rows_is_for_cpus():
-  assert choose("cpu") in IMPLEMENTATIONS
-  assert choose("gpu") is None and choose("tpu") is None
+def shapes(batch, dtype=jnp.bfloat16, columns=1024):
+  """Of a Spark layer of Gemma-2 2B."""
+  return [jax.ShapeDtypeStruct(shape, dtype) for shape in (
+      (batch, 2304), (13824, columns), (13824, 2304 - columns), (13824, 2304))]
+
+
+@pytest.mark.parametrize("platform, arrays, expected", [
+    ("cpu", shapes(1), "xla"), ("cpu", shapes(64), "xla"),
+    ("gpu", shapes(1), "pallas_gpu"), ("gpu", shapes(64), None),
+    ("gpu", shapes(1, jnp.float32), None), ("gpu", shapes(1, columns=1000), None),
+    # Compiled, but not timed yet.
+    ("tpu", shapes(1), None),
+])
+def test_the_choice_is_by_device_and_shape(platform, arrays, expected):
+  assert choose(platform, *arrays) == expected
+
+
+@pytest.mark.parametrize("arrays, message", [
+    (shapes(1, jnp.float32), "needs bfloat16, not float32 and float32"),
+    (shapes(65), "serves 1 to 64 tokens, not 65"),
+    (shapes(1, columns=1000), "needs R to be a multiple of 256, not 1000"),
+])
+def test_what_the_gpu_kernel_cannot_take_is_refused(arrays, message):
+  with pytest.raises(ValueError,
+                     match=f"implementation='pallas_gpu': {message}"):
+    jax.eval_shape(functools.partial(sparse_ffn, select=jax.nn.relu,
+                                     implementation="pallas_gpu"), *arrays)

@@ -1,0 +1,56 @@
+"""Which keys are kept, and their softmax: from the keys' first parts alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+
+def products(query_BxKxGxP: jax.Array, key_BxKxSxP: jax.Array) -> jax.Array:
+  """Dot products scaled by the width^-0.5, (B, K, G, S) in float32."""
+  scores = jnp.einsum("bkgp,bksp->bkgs", query_BxKxGxP, key_BxKxSxP,
+                      preferred_element_type=jnp.float32)
+  return query_BxKxGxP.shape[-1]**-0.5 * scores
+
+
+def _threshold(scores_BxKxGxS: jax.Array, seen_Bx1x1xS: jax.Array,
+               top_k: int) -> jax.Array:
+  """mean + std * Q(1 - k/n) over the n visible keys; -inf where n <= k."""
+  slots = scores_BxKxGxS.shape[-1]
+  fraction = np.maximum(1 - top_k / np.maximum(np.arange(slots + 1), 1), 0)
+  # Looked up: the same rounding as in training, where Q is in float64.
+  table = jnp.asarray(scipy.special.ndtri(fraction), jnp.float32)
+  count = seen_Bx1x1xS.sum(-1, keepdims=True)
+  quantile, count = table[count], jnp.maximum(count, 1)
+  mean = scores_BxKxGxS.sum(-1, keepdims=True, where=seen_Bx1x1xS) / count
+  squares = jnp.square(scores_BxKxGxS - mean).sum(-1, keepdims=True,
+                                                  where=seen_Bx1x1xS)
+  # Not mean + std * quantile throughout: 0 * -inf is NaN.
+  finite = quantile > -jnp.inf
+  theta = mean + jnp.sqrt(squares / count) * jnp.where(finite, quantile, 0)
+  return jnp.where(finite, theta, -jnp.inf)
+
+
+def predict(query1_BxKxGxP: jax.Array, key1_BxKxSxP: jax.Array,
+            lengths_B: jax.Array, window: jax.Array | int, top_k: int,
+            logit_softcap: float) -> tuple[jax.Array, jax.Array]:
+  """Scores the visible keys, keeps about top_k of them.
+
+  Args: as `api.sparse_attention` has them.
+
+  Returns:
+    The softmax over each query's kept keys, (B, K, G, S) in float32 and 0 for
+    the others; and which keys are kept. A NaN in a visible key keeps all of
+    them, so that it shows.
+  """
+  scores = products(query1_BxKxGxP, key1_BxKxSxP)
+  slots_S = jnp.arange(scores.shape[-1])
+  lengths_Bx1 = lengths_B[:, None]
+  seen = (slots_S < lengths_Bx1) & (slots_S >= lengths_Bx1 - window)
+  seen_Bx1x1xS = seen[:, None, None]
+  theta = _threshold(scores, seen_Bx1x1xS, top_k)
+  best = scores.max(-1, keepdims=True, where=seen_Bx1x1xS, initial=-jnp.inf)
+  kept = seen_Bx1x1xS & ~(scores < jnp.minimum(theta, best))
+  if logit_softcap:
+    scores = logit_softcap * jnp.tanh(scores / logit_softcap)
+  return jax.nn.softmax(scores, where=kept), kept

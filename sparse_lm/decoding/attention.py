@@ -1,0 +1,106 @@
+"""Attention and its cache laid out for decoding."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.config import AttentionConfig, ModelConfig
+from sparse_lm.kernels.sparse_attention import choose, sparse_attention
+from sparse_lm.model.attention import Attention
+from sparse_lm.model.cache import LayerCache, empty_cache, write_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitCache:
+  """A `LayerCache` whose keys lie in two parts, as Spark attention reads them.
+
+  Attributes:
+    key1_BxKxSxP: the dims that predict, read for every key.
+    key2_BxKxSxU: the others, read for kept keys alone, as values are.
+    value_BxKxSxE: the values.
+    implementation: the kernel that reads them.
+  """
+
+  key1_BxKxSxP: jax.Array
+  key2_BxKxSxU: jax.Array
+  value_BxKxSxE: jax.Array
+  implementation: str = dataclasses.field(metadata={"static": True})
+
+  @property
+  def slots(self) -> int:
+    return self.key1_BxKxSxP.shape[2]
+
+  @property
+  def key_BxKxSxE(self) -> jax.Array:
+    """Whole keys, a copy: for a prompt."""
+    return jnp.concatenate([self.key1_BxKxSxP, self.key2_BxKxSxU], -1)
+
+  def write(self, key_BxLxKxE: jax.Array, value_BxLxKxE: jax.Array,
+            positions_BxL: jax.Array) -> "SplitCache":
+    """As `LayerCache.write`."""
+    key1, key2 = jnp.split(key_BxLxKxE, [self.key1_BxKxSxP.shape[-1]], axis=-1)
+    return SplitCache(
+        write_rows(self.key1_BxKxSxP, key1, positions_BxL),
+        write_rows(self.key2_BxKxSxU, key2, positions_BxL),
+        write_rows(self.value_BxKxSxE, value_BxLxKxE, positions_BxL),
+        self.implementation)
+
+
+class CachedAttention(Attention):
+  """Attention that reads kept keys alone, one query a row at a time.
+
+  It does so where its cache is a `SplitCache`; a prompt, of many queries, and
+  any other cache are computed whole.
+  """
+
+  def __init__(self, attention: Attention):
+    """Takes over the parameters of `attention`."""
+    self.config, self.inputs = attention.config, attention.inputs
+    self.query_DxHxE, self.key_DxKxE = (attention.query_DxHxE,
+                                        attention.key_DxKxE)
+    self.value_DxKxE, self.output_HxExD = (attention.value_DxKxE,
+                                           attention.output_HxExD)
+
+  def attend_to_cache(self, query_BxKxGxLxE: jax.Array,
+                      positions_BxL: jax.Array, cache: LayerCache | SplitCache,
+                      window: jax.Array | int
+                      ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if not isinstance(cache, SplitCache) or positions_BxL.shape[1] > 1:
+      return super().attend_to_cache(query_BxKxGxLxE, positions_BxL, cache,
+                                     window)
+    lengths_B = positions_BxL[:, 0] + 1
+    mixed_BxKxGxE, kept_BxKxG = sparse_attention(
+        query_BxKxGxLxE[:, :, :, 0], cache.key1_BxKxSxP, cache.key2_BxKxSxU,
+        cache.value_BxKxSxE, lengths_B, window=window, top_k=self.config.top_k,
+        logit_softcap=self.config.logit_softcap,
+        implementation=cache.implementation)
+    return (mixed_BxKxGxE[:, :, :, None], kept_BxKxG.mean((1, 2))[:, None],
+            jnp.minimum(lengths_B, window)[:, None])
+
+
+def choose_attention(config: AttentionConfig, slots: int) -> str:
+  """What reads a cache of so many slots: "dense", or a kernel."""
+  if config.shape != "spark":
+    return "dense"
+  group = config.num_query_heads // config.num_kv_heads
+  return choose(jax.default_backend(), slots, config.top_k, group) or "dense"
+
+
+def decoding_cache(config: ModelConfig, batch: int, slots: int,
+                   dtype: jnp.dtype, implementation: str
+                   ) -> tuple[LayerCache | SplitCache, ...]:
+  """As `empty_cache`, in the layout that an implementation reads."""
+  if implementation == "dense":
+    return empty_cache(config, batch, slots, dtype)
+  attention = config.attention
+  first, width = attention.predictor_dim, attention.head_dim
+
+  def zeros(width):
+    return jnp.zeros((batch, attention.num_kv_heads, slots, width), dtype)
+
+  return tuple(SplitCache(zeros(first), zeros(width - first), zeros(width),
+                          implementation)
+               for _ in range(config.num_layers))

@@ -1,0 +1,92 @@
+"""Attention laid out for decoding: it skips keys, and changes nothing."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
+from sparse_lm.decoding import Decoder, Greedy
+from sparse_lm.decoding.attention import (CachedAttention, SplitCache,
+                                          choose_attention, decoding_cache)
+from sparse_lm.model import Transformer
+from sparse_lm.model.cache import LayerCache
+
+CONFIG = ModelConfig(
+    vocab_size=50, context_length=4096, num_layers=2, model_dim=32,
+    ffn=FFNConfig(num_neurons=64, predictor_dim=16, active_fraction=0.1),
+    attention=AttentionConfig(num_query_heads=4, num_kv_heads=2, head_dim=8,
+                              predictor_dim=4, top_k=12, sliding_window=40,
+                              logit_softcap=5.0))
+LENGTH, SLOTS = 120, 2048
+EVERYTHING = 2**30
+
+
+@pytest.mark.parametrize("window", [40, EVERYTHING])
+def test_token_by_token_equals_the_forward_pass(window):
+  """Rows at different positions of their own texts, after a prompt."""
+  model = Transformer(CONFIG, nnx.Rngs(0))
+  layer = next(model.layers()).attention
+  x = jax.random.normal(jax.random.key(1), (3, LENGTH, 32))
+  positions = jnp.broadcast_to(jnp.arange(LENGTH), (3, LENGTH))
+  whole, attended, seen, _ = layer(x, positions, None, window, None)
+  graph, params = nnx.split(CachedAttention(layer))
+
+  @jax.jit
+  def advance(params, x, positions, cache):
+    return nnx.merge(graph, params)(x, positions, None, window, cache)
+
+  cache = decoding_cache(CONFIG, 3, 200, jnp.float32, "xla")[0]
+  assert isinstance(cache, SplitCache)
+  starts, rows = np.array([60, 1, 33]), np.arange(3)
+  _, _, _, cache = advance(params, x[:, :60], positions[:, :60], cache)
+  for i in range(30):
+    now = (rows, starts + i)
+    y, kept, visible, cache = advance(params, x[now][:, None],
+                                      positions[now][:, None], cache)
+    np.testing.assert_allclose(y[:, 0], whole[now], atol=2e-6)
+    np.testing.assert_allclose(kept[:, 0], attended[now])
+    np.testing.assert_array_equal(visible[:, 0], seen[now])
+
+
+def test_skipping_changes_nothing():
+  """As chosen by itself, with enough room in the cache."""
+  config = dataclasses.replace(CONFIG, num_layers=1)
+  params = nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(0))))
+  prompts = [list(range(1, 50)) * 22, [9]]
+  results = []
+  for skip, expected in ((True, "xla"), (False, "dense")):
+    decoder = Decoder(config, params, skip_inactive=skip)
+    drawn = decoder.generate(prompts, 1100, Greedy(), jax.random.key(0))
+    results.append((np.array([next(drawn) for _ in range(24)]),
+                    decoder.sparsity()))
+    assert decoder.attention_implementations == [expected]
+  np.testing.assert_array_equal(results[0][0], results[1][0])
+  assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+
+
+def test_what_is_chosen():
+  assert choose_attention(CONFIG.attention, SLOTS) == "xla"
+  assert choose_attention(CONFIG.attention, SLOTS // 2) == "dense"
+  dense = dataclasses.replace(CONFIG.attention, shape="dense")
+  assert choose_attention(dense, SLOTS) == "dense"
+
+
+def test_the_cache_keeps_its_type_and_size():
+  split, = decoding_cache(dataclasses.replace(CONFIG, num_layers=1), 3, 16,
+                          jnp.bfloat16, "xla")
+  dense, = decoding_cache(dataclasses.replace(CONFIG, num_layers=1), 3, 16,
+                          jnp.bfloat16, "dense")
+  assert isinstance(dense, LayerCache)
+  for cache in (split, dense):
+    assert cache.slots == 16
+    assert cache.key_BxKxSxE.shape == cache.value_BxKxSxE.shape == (3, 2, 16, 8)
+    assert cache.key_BxKxSxE.dtype == jnp.bfloat16
+  keys = jnp.arange(3 * 2 * 2 * 8.).reshape(3, 2, 2, 8)
+  positions = jnp.array([[0, 1], [7, 8], [15, 16]])  # The last one is dropped.
+  written = [cache.write(keys, -keys, positions) for cache in (split, dense)]
+  for name in ("key_BxKxSxE", "value_BxKxSxE"):
+    np.testing.assert_array_equal(*(getattr(cache, name) for cache in written))
