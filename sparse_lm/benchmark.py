@@ -15,7 +15,7 @@ least that reading the weights takes at the device's measured bandwidth.
 attention_training: causal attention of one sequence, 8 query and 4 key/value
 heads of 256, forward and with its backward pass, and its temporaries.
 topk_training: Spark's feed-forward layer, forward and backward, with no top-k
-and with several.
+and with several; gated_*: statistical top-k, activation and product as one.
 """
 
 from collections.abc import Sequence

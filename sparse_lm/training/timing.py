@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import AttentionConfig
+from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.spark_attention import spark_attention
-from sparse_lm.kernels.statistical_topk import statistical_topk
+from sparse_lm.kernels.statistical_topk import (choose, gated_topk,
+                                                statistical_topk)
 from sparse_lm.model import sparsify
 from sparse_lm.model.attention import mix, spark_weights, visible
 
@@ -44,7 +46,10 @@ def _with_gradient(f: Callable) -> Callable:
   """f's value and its gradients, of arguments whose last is f's gradient."""
   def run(*arguments):
     out, pull = jax.vjp(f, *arguments[:-1])
-    return out, pull(arguments[-1])
+    # In training the gradient comes after the whole forward pass. Without this
+    # XLA makes one pass over memory of a part of both.
+    gradient = jax.lax.optimization_barrier((out, arguments[-1]))[1]
+    return out, pull(gradient)
   return run
 
 
@@ -125,8 +130,12 @@ def time_attention(lengths: Sequence[int], blocks: Sequence[tuple[int, int]],
   return dict(_device(), suite="attention_training", rows=rows)
 
 
-def _sparsifiers(k: int) -> dict[str, Callable]:
-  """Of scores (T, F)."""
+def _gates(k: int, score: jax.ShapeDtypeStruct) -> dict[str, Callable]:
+  """From scores and the other branch, both like `score`, to what `down` reads.
+
+  gated_*: `gated_topk` by its implementations here, one function of both. The
+  others make a top-k of the scores and leave the rest to XLA.
+  """
   def autodiff(score_TxF):
     theta = sparsify.statistical_threshold(score_TxF, k)
     return sparsify.soft_threshold(score_TxF, theta).astype(score_TxF.dtype)
@@ -135,7 +144,10 @@ def _sparsifiers(k: int) -> dict[str, Callable]:
     return jnp.where(score_TxF >= jax.lax.stop_gradient(kth(score_TxF)),
                      score_TxF, 0)
 
-  return {
+  def separate(sparsifier, score_TxF, up_TxF):
+    return jax.nn.gelu(sparsifier(score_TxF)) * up_TxF
+
+  sparsifiers = {
       "none": lambda score_TxF: score_TxF,
       "statistical": lambda score_TxF: statistical_topk(score_TxF, k),
       "statistical_autodiff": autodiff,
@@ -144,6 +156,14 @@ def _sparsifiers(k: int) -> dict[str, Callable]:
       "approx_max_k": functools.partial(
           above, lambda x: jax.lax.approx_max_k(
               x, k, recall_target=0.5)[0][..., -1:])}
+  gates = {name: functools.partial(separate, sparsifier)
+           for name, sparsifier in sparsifiers.items()}
+  fastest = choose(score, score, activation=jax.nn.gelu)
+  for name in dict.fromkeys(("xla", fastest)):
+    gates[f"gated_{name}"] = functools.partial(
+        gated_topk, quantile=quantile(k, score.shape[-1]),
+        activation=jax.nn.gelu, implementation=name)
+  return gates
 
 
 def time_topk(tokens: int, model_dim: int, neurons: int,
@@ -169,15 +189,15 @@ def time_topk(tokens: int, model_dim: int, neurons: int,
   weights = (draw(draws[2], predictor_dim, neurons),
              draw(draws[3], rest, neurons), draw(draws[4], neurons, model_dim))
 
-  def layer(sparsifier, x_TxD, gate_RxF, up_UxF, down_FxD):
+  def layer(gate, x_TxD, gate_RxF, up_UxF, down_FxD):
     x_TxR, x_TxU = jnp.split(x_TxD, [predictor_dim], axis=-1)
-    gate_TxF = jax.nn.gelu(sparsifier(x_TxR @ gate_RxF))
-    return (gate_TxF * (x_TxU @ up_UxF)) @ down_FxD
+    return gate(x_TxR @ gate_RxF, x_TxU @ up_UxF) @ down_FxD
 
   programs, sizes = {}, {}
-  for name, sparsifier in _sparsifiers(round(0.08 * neurons)).items():
+  score = jax.ShapeDtypeStruct((tokens, neurons), jnp.bfloat16)
+  for name, gate in _gates(round(0.08 * neurons), score).items():
     programs[name], sizes[name] = _compile(
-        _with_gradient(functools.partial(layer, sparsifier)),
+        _with_gradient(functools.partial(layer, gate)),
         (x_TxD, *weights, d_out))
   times = _milliseconds(programs, (x_TxD, *weights, d_out))
   rows = [dict(topk=name, ms=ms, ratio=ms / times["none"], MB=sizes[name] / 1e6)

@@ -1,0 +1,121 @@
+"""The gated top-k and its gradients against autodiff of the plain formula."""
+
+import functools
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.kernels.statistical_topk import choose, gated_topk
+from sparse_lm.model import activations
+
+ACTIVATIONS = [("gelu_tanh", "linear"), ("relu2", "silu"), ("silu", None)]
+
+
+def make(activation, up_activation):
+  """`gated_topk`'s activations, by name; None: no other branch."""
+  return dict(
+      activation=activations.make_activation(activation, 0.0),
+      up_activation=activations.make_activation(up_activation or "linear", 0.0))
+
+
+def plain(score, up, *, quantile, activation, up_activation, bessel):
+  std = score.std(1, keepdims=True, ddof=bessel)
+  theta = score.mean(1, keepdims=True) + quantile * std
+  h = activation(jnp.maximum(score - theta, 0))
+  return h if up is None else h * up_activation(up)
+
+
+def draw(shape, with_up, dtype, mean=0.0):
+  """Scores of that mean, up, and the gradient of the result."""
+  score, up, d_h = np.random.default_rng(0).normal(size=(3, *shape))
+  return [None if x is None else jnp.array(x, dtype)
+          for x in (score + mean, up if with_up else None, d_h)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(f, score, up, d_h):
+  h, pull = jax.vjp(f, score, up)
+  return h, *pull(d_h)
+
+
+def assert_close(got, expected, **tolerance):
+  for a, b in zip(got, expected, strict=True):
+    assert (a is None) == (b is None)
+    if a is not None:
+      np.testing.assert_allclose(np.asarray(a, np.float64), b, **tolerance)
+
+
+@pytest.mark.parametrize("names", ACTIVATIONS)
+@pytest.mark.parametrize("bessel", [False, True])
+def test_equals_autodiff(names, bessel):
+  rest = dict(quantile=0.7, bessel=bessel, **make(*names))
+  with jax.enable_x64(True):
+    arrays = draw((5, 37), names[1], jnp.float64, mean=-50.0)
+    got = value_and_gradients(functools.partial(gated_topk, **rest), *arrays)
+    expected = value_and_gradients(functools.partial(plain, **rest), *arrays)
+  assert_close(got, expected, atol=1e-10)
+
+
+def test_rows_of_equal_entries_have_finite_gradients():
+  f = functools.partial(gated_topk, quantile=1.4, implementation="xla",
+                        **make("gelu_tanh", "linear"))
+  outs = value_and_gradients(f, *[jnp.full((2, 9), 0.1)] * 3)
+  assert all(np.all(np.isfinite(x)) for x in outs)
+
+
+def test_two_numbers_a_row_are_stored_beside_the_arguments():
+  score, up, _ = draw((8, 500), True, jnp.bfloat16)
+  f = functools.partial(gated_topk, quantile=1.4, **make("silu", "silu"))
+  _, pull = jax.vjp(f, score, up)
+  shapes = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(pull))
+  assert shapes == [((8,), "float32")] * 2 + [((8, 500), "bfloat16")] * 2
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11),
+                    reason="no interpreter of GPU kernels before")
+@pytest.mark.parametrize("names", ACTIVATIONS)
+def test_pallas_gpu_interpreted(names):
+  blocks = 2 if jax.__version_info__ >= (0, 12) else 1
+  arrays = draw((blocks, 2048), names[1], jnp.bfloat16, mean=1.0)
+  rest = dict(quantile=1.4, bessel=False, **make(*names))
+  f = functools.partial(gated_topk, **rest, implementation="pallas_gpu")
+  with plgpu.force_gpu_interpret_mode(
+      plgpu.InterpretGPUParams(detect_races=True)):
+    got = jax.block_until_ready(value_and_gradients(f, *arrays))
+  wide = [x if x is None else x.astype(jnp.float32) for x in arrays]
+  expected = value_and_gradients(functools.partial(plain, **rest), *wide)
+  # The score's gradient is rounded twice, the first time with theta fixed.
+  assert_close(got, expected, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("names", [*ACTIVATIONS, ("fatrelu", "relu")])
+def test_pallas_gpu_lowers(names):
+  """At Gemma-2 2B's shapes, which needs no GPU."""
+  f = functools.partial(gated_topk, quantile=1.4, **make(*names),
+                        implementation="pallas_gpu")
+  row = jax.ShapeDtypeStruct((8192, 13_824), jnp.bfloat16)
+  value_and_gradients.trace(f, row, row if names[1] else None, row).lower(
+      lowering_platforms=("cuda",))
+
+
+def test_what_cannot_be_served():
+  def call(shape=(2, 512), dtype=jnp.bfloat16, implementation="pallas_gpu",
+           activation=jax.nn.gelu):
+    row = jnp.zeros(shape, dtype)
+    gated_topk(row, row, quantile=1.0, activation=activation,
+               implementation=implementation)
+
+  for case, message in [(dict(shape=(2, 500)), "multiple of 512"),
+                        (dict(dtype=jnp.float32), "needs bfloat16"),
+                        (dict(activation=jnp.sort), "has no .*sort"),
+                        (dict(implementation="cuda"), "not one of xla")]:
+    with pytest.raises(ValueError, match=message):
+      call(**case)
+
+
+def test_choose_without_a_gpu():
+  row = jnp.zeros((2, 512), jnp.bfloat16)
+  assert choose(row, row, activation=jax.nn.gelu) == "xla"
