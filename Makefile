@@ -1,17 +1,32 @@
 # `make train` runs the main job, `make test` the whole suite. Both make .venv
-# first. PYTHON picks the interpreter (3.11 or newer) the first time.
+# first. `make gpu-check` tests and times the kernels on the GPU at hand, with the
+# jax that PYTHON has. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN = .venv/bin
 CONFIG ?= configs/spark_tiny.py
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 
-.PHONY: train test clean
+# -P: not the folder at hand, where sparse_lm lacks kernels and configs.
+GPU_PYTHON = PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) -P
+
+.PHONY: train test gpu-check clean
 
 train: .venv/installed
 	$(BIN)/python -m sparse_lm.train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Installed without dependencies, so that an image's own jax is used and data
+# libraries are not needed.
+gpu-check:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index \
+	  --upgrade --target .gpu-check .
+	$(GPU_PYTHON) -m pytest --noconftest -q tests/gpu
+	for suite in ffn relu_ffn; do \
+	  $(GPU_PYTHON) -m sparse_lm.benchmark --suite=$$suite --layers=26 || exit 1; done
+	for suite in topk_training attention_training decode; do \
+	  $(GPU_PYTHON) -m sparse_lm.benchmark --suite=$$suite || exit 1; done
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: sparse-lm needs Python 3.11 or newer; try: make PYTHON=python3.12")'
@@ -30,4 +45,4 @@ test: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .gpu-check build *.egg-info

@@ -1,5 +1,7 @@
 """What differs between the versions of Pallas Mosaic GPU that are supported."""
 
+from collections.abc import Callable
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -27,3 +29,35 @@ def store(ref, value: jax.Array) -> None:
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value
+
+
+def inlined(function: Callable[[jax.Array], jax.Array]
+            ) -> Callable[[jax.Array], jax.Array]:
+  """An elementwise function without its rules of differentiation.
+
+  Mosaic GPU does not know the calls that carry those: `jax.nn.relu` is one.
+  """
+  def evaluate(closed, values):
+    env = dict(zip(closed.jaxpr.constvars, closed.consts))
+    env |= dict(zip(closed.jaxpr.invars, values))
+
+    def read(atom):
+      return atom.val if hasattr(atom, "val") else env[atom]
+
+    for eqn in closed.jaxpr.eqns:
+      inputs = [read(atom) for atom in eqn.invars]
+      inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+      if inner is not None:
+        outputs = evaluate(inner, inputs)
+      else:
+        outputs = eqn.primitive.bind(*inputs, **eqn.params)
+        if not eqn.primitive.multiple_results:
+          outputs = [outputs]
+      env.update(zip(eqn.outvars, outputs))
+    return [read(atom) for atom in closed.jaxpr.outvars]
+
+  def call(x: jax.Array) -> jax.Array:
+    closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return evaluate(closed, [x])[0]
+
+  return call

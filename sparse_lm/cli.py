@@ -10,8 +10,6 @@ import sys
 
 from absl import flags
 from absl import logging
-import ml_collections
-from ml_collections import config_flags
 
 from sparse_lm import config as config_lib
 from sparse_lm.config import Config
@@ -89,6 +87,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     elif argument.startswith("--"):
       raise UserError(f"{argument}: not a flag or a config key; overrides look "
                       "like --config.training.num_steps=100")
+  # Here, so that commands without a config do without the library.
+  import ml_collections  # pylint: disable=g-import-not-at-top
+  from ml_collections import config_flags  # pylint: disable=g-import-not-at-top
+
   values = ml_collections.ConfigDict(config_lib.to_dict(config))
   argv = ["", *overrides]
   try:

@@ -11,7 +11,9 @@ def test_model_and_decoding_need_no_data_library():
   code = "import sys\n" + "".join(
       f"sys.modules[{name!r}] = None\n" for name in BLOCKED)
   code += ("import sparse_lm.model, sparse_lm.decoding, sparse_lm.flops\n"
-           "import sparse_lm.training.step, sparse_lm.configs.spark_tiny\n")
+           "import sparse_lm.training.step, sparse_lm.configs.spark_tiny\n"
+           "import sparse_lm.benchmark, sparse_lm.decoding.timing\n"
+           "import sparse_lm.training.timing\n")
   result = subprocess.run([sys.executable, "-c", code], capture_output=True,
                           text=True, check=False)
   assert result.returncode == 0, result.stderr

@@ -27,7 +27,7 @@ from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  Select, StatisticalTopk)
 
 # Tokens with which reading everything is as fast, on an H200.
-FASTER_UP_TO = 4
+FASTER_UP_TO = 8
 # Neurons of a tile: the rows of the smallest tensor core product.
 TILE = 64
 # Columns of the gate in one copy; 2 bytes each, four swizzled tiles of 128.
@@ -157,8 +157,7 @@ def _accumulate_scratch(tokens: int, up_gmem, down_gmem) -> dict:
   for name, gmem in gmems.items():
     rows = 4 * groups if name == "up" else slots
     scratch[f"{name}_smem"] = plgpu.SMEM((rows, *gmem.shape[1:]), jnp.bfloat16)
-    scratch[f"{name}_barriers"] = plgpu.Barrier(num_arrivals=4,
-                                                num_barriers=groups)
+    scratch[f"{name}_barriers"] = plgpu.Barrier(num_barriers=slots)
   return scratch
 
 
@@ -185,9 +184,9 @@ def _accumulate_block(select, up_activation, tiles, score_gmem, mean_gmem,
     active_smem: the active neurons of a tile, in order.
     hidden_smem: activations of the rows in the slots, later times `up`'s.
     down_smem: rows of `down`, a slot each.
-    down_barriers: when four such rows are there.
+    down_barriers: when such a row is there.
     up_smem: rows of `up`, a slot each.
-    up_barriers: when four such rows are there.
+    up_barriers: when such a row is there.
   """
   block, token = lax.axis_index("block"), lax.axis_index("token")
   neurons, slots = score_gmem.shape[0], down_smem.shape[0]
@@ -205,7 +204,7 @@ def _accumulate_block(select, up_activation, tiles, score_gmem, mean_gmem,
                             _COLUMN, optimized=False)
     if isinstance(select, StatisticalTopk):
       score = jnp.maximum(score - theta, 0.0)
-    activation_smem[...] = select.activation(score)
+    activation_smem[...] = mosaic_gpu.inlined(select.activation)(score)
     plgpu.commit_smem()
     activations = [activation_smem[i] for i in range(TILE)]
     count = jnp.int32(0)
@@ -215,60 +214,51 @@ def _accumulate_block(select, up_activation, tiles, score_gmem, mean_gmem,
       count += (a != 0).astype(jnp.int32)
     return count
 
-  def ask(tile, first, here, gmem, smem, barriers):
-    """Starts copies of active neurons' rows, a barrier for every four."""
-    @pl.loop(0, 4 * pl.cdiv(here, 4))
-    def _(slot):
-      barrier = barriers.at[slot // 4]
+  def ask(tile, first, slot):
+    """Starts the copies of an active neuron's rows."""
+    i = active_smem[first + slot]
+    row = tile * TILE + i
+    if up_gmem is not None:
+      plgpu.copy_gmem_to_smem(up_gmem.at[row], up_smem.at[slot],
+                              up_barriers.at[slot])
+    plgpu.copy_gmem_to_smem(down_gmem.at[row], down_smem.at[slot],
+                            down_barriers.at[slot])
+    hidden_smem[slot] = activation_smem[i]
+
+  def multiply_up(group, here):
+    """Multiplies four neurons' activations with their `up` products.
+
+    What no copy has filled may hold anything; nothing reads what it makes.
+    """
+    for i in range(4):
+      slot = group * 4 + i
 
       @pl.when(slot < here)
       def _():
-        row = tile * TILE + active_smem[first + slot]
-        plgpu.copy_gmem_to_smem(gmem.at[row], smem.at[slot], barrier)
-
-      @pl.when(slot >= here)
-      def _():
-        plgpu.barrier_arrive(barrier)
-
-  def multiply_up(group, here):
-    """Multiplies four neurons' activations with their `up` products."""
-    plgpu.barrier_wait(up_barriers.at[group])
+        plgpu.barrier_wait(up_barriers.at[slot])
     four = pl.ds(group * 4, 4)
     rows = mosaic_gpu.load(up_smem.at[four], _ROW_A_WARP)
     x_rows = plgpu.layout_cast(lax.broadcast_in_dim(x, rows.shape, (1, 2)),
                                _ROW_A_WARP)
     product = (rows.astype(jnp.float32) * x_rows).sum(1).sum(1)
-    hidden_smem[four] = up_activation(product) * mosaic_gpu.load(
-        hidden_smem.at[four], _ROW_A_WARP.reduce((1, 2)))
+    hidden = mosaic_gpu.load(hidden_smem.at[four], _ROW_A_WARP.reduce((1, 2)))
+    hidden_smem[four] = hidden * mosaic_gpu.inlined(up_activation)(product)
 
-  def add_down(group, here, y):
-    """Adds four rows, times what stands for them in `hidden_smem`."""
-    plgpu.barrier_wait(down_barriers.at[group])
-    for i in range(4):
-      slot = group * 4 + i
-      row = down_smem[jnp.minimum(slot, slots - 1)].astype(jnp.float32)
-      # What no copy has filled may hold anything, NaN too.
-      y += jnp.where(slot < here, hidden_smem[slot] * row, 0.0)
-    return y
+  def add_down(slot, y):
+    plgpu.barrier_wait(down_barriers.at[slot])
+    return y + hidden_smem[slot] * down_smem[slot].astype(jnp.float32)
 
   def one_round(i, y, tile, count):
     first = i * slots
     here = jnp.minimum(count - first, slots)
     groups = pl.cdiv(here, 4)
     plgpu.commit_smem()  # The list is there; last round's rows have been read.
-    if up_gmem is not None:
-      ask(tile, first, here, up_gmem, up_smem, up_barriers)
-    ask(tile, first, here, down_gmem, down_smem, down_barriers)
-
-    @pl.loop(0, here)
-    def _(slot):
-      hidden_smem[slot] = activation_smem[active_smem[first + slot]]
-
+    pl.loop(0, here)(lambda slot: ask(tile, first, slot))
     if up_gmem is not None:
       plgpu.commit_smem()
       pl.loop(0, groups)(lambda group: multiply_up(group, here))
     plgpu.commit_smem()
-    return lax.fori_loop(0, groups, lambda g, y: add_down(g, here, y), y)
+    return lax.fori_loop(0, here, add_down, y)
 
   def one_tile(i, carry):
     y, total = carry

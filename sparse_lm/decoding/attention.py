@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import AttentionConfig, ModelConfig
+from sparse_lm.decoding.layers import project_rows
 from sparse_lm.kernels.sparse_attention import choose, sparse_attention
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.cache import LayerCache, empty_cache, write_rows
@@ -50,19 +51,40 @@ class SplitCache:
 
 
 class CachedAttention(Attention):
-  """Attention that reads kept keys alone, one query a row at a time.
+  """Attention laid out for decoding.
 
-  It does so where its cache is a `SplitCache`; a prompt, of many queries, and
-  any other cache are computed whole.
+  Its weights are two matrices of rows, each as long as what it multiplies:
+  given columns, XLA's GPU backend writes one token's products with all of a
+  matrix to memory before it adds them. Where its cache is a `SplitCache`, one
+  query a row reads kept keys alone; a prompt, of many queries, and any other
+  cache are computed whole.
   """
 
   def __init__(self, attention: Attention):
     """Takes over the parameters of `attention`."""
     self.config, self.inputs = attention.config, attention.inputs
-    self.query_DxHxE, self.key_DxKxE = (attention.query_DxHxE,
-                                        attention.key_DxKxE)
-    self.value_DxKxE, self.output_HxExD = (attention.value_DxKxE,
-                                           attention.output_HxExD)
+
+    def rows(weights_DxHxE):
+      return weights_DxHxE[...].reshape(weights_DxHxE.shape[0], -1).T
+
+    self.in_PxD = nnx.Param(jnp.concatenate(
+        [rows(w) for w in (attention.query_DxHxE, attention.key_DxKxE,
+                           attention.value_DxKxE)]))
+    output_HxExD = attention.output_HxExD[...]
+    self.output_DxP = nnx.Param(
+        output_HxExD.reshape(-1, output_HxExD.shape[-1]).T)
+
+  def project_in(self, x_BxLxD: jax.Array
+                 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    heads, kv_heads = self.config.num_query_heads, self.config.num_kv_heads
+    both_BxLxP = project_rows(x_BxLxD, self.in_PxD[...])
+    all_BxLxHxE = both_BxLxP.reshape(*x_BxLxD.shape[:2], -1,
+                                     self.config.head_dim)
+    return tuple(jnp.split(all_BxLxHxE, [heads, heads + kv_heads], axis=2))
+
+  def project_out(self, mixed_BxLxHxE: jax.Array) -> jax.Array:
+    mixed_BxLxP = mixed_BxLxHxE.reshape(*mixed_BxLxHxE.shape[:2], -1)
+    return project_rows(mixed_BxLxP, self.output_DxP[...])
 
   def attend_to_cache(self, query_BxKxGxLxE: jax.Array,
                       positions_BxL: jax.Array, cache: LayerCache | SplitCache,

@@ -73,8 +73,14 @@ class Decoder:
     # Norms' scales, the vectors, are used in float32.
     self._params = jax.tree.map(
         lambda x: x.astype(self._dtype) if x.ndim > 1 else x, params)
-    self._advance = jax.jit(functools.partial(self._step, self._graph, measure),
-                            static_argnums=7, donate_argnums=1)
+    # GPUs and TPUs wait for the host otherwise; with a CPU, tokens come slowly
+    # enough to be shown one by one.
+    self._count = 1 if jax.default_backend() == "cpu" else 8
+    self._feed = jax.jit(functools.partial(self._step, self._graph, measure),
+                         static_argnums=7, donate_argnums=1)
+    self._advance = jax.jit(
+        functools.partial(self._steps, self._graph, measure, self._count),
+        static_argnums=6, donate_argnums=1)
 
   def _choose_ffns(self, batch: int) -> list[str]:
     """What each layer does with one token a row.
@@ -127,6 +133,37 @@ class Decoder:
     drawn_B = sampler(logits_BxV, jax.random.fold_in(key, draw))
     return drawn_B, (cache, statistics)
 
+  @classmethod
+  def _steps(cls, graph, measure, count, params, carry, token_B, start_B, key,
+             draw, sampler):
+    """Draws `count` tokens a row, each fed with the next.
+
+    Args:
+      graph: as for `_step`, like what is not named here.
+      measure: whether to add statistics up.
+      count: static.
+      params: the model's.
+      carry: as for `_step`; donated.
+      token_B: the newest of each row.
+      start_B: its position.
+      key: of all draws.
+      draw: which draw the first one is.
+      sampler: static.
+
+    Returns:
+      The last token (B,), what `_step` carries, and all tokens (count, B).
+    """
+    def body(state, i):
+      token_B, carry = state
+      state = cls._step(graph, measure, params, carry, token_B[:, None],
+                        start_B + i, jnp.zeros_like(start_B), key, draw + i,
+                        sampler)
+      return state, state[0]
+
+    (token_B, carry), tokens_TxB = jax.lax.scan(body, (token_B, carry),
+                                                jnp.arange(count))
+    return token_B, carry, tokens_TxB
+
   def _check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
     longest, limit = max(map(len, prompts)), self.config.context_length
     if not min(map(len, prompts)):
@@ -156,7 +193,7 @@ class Decoder:
     next_B = None
     for start in range(0, longest, width):
       last_B = lengths_B - 1 - start
-      drawn_B, (cache, statistics) = self._advance(
+      drawn_B, (cache, statistics) = self._feed(
           self._params, (cache, None), tokens_BxL[:, start:start + width],
           np.full_like(lengths_B, start), np.clip(last_B, 0, width - 1), key,
           np.int32(0), sampler)
@@ -190,21 +227,25 @@ class Decoder:
     cache = decoding_cache(self.config, len(prompts), slots, self._dtype,
                            attention)
     self.statistics = None
-    next_B, carry = self._prefill(cache, prompts, key, sampler)
+    token_B, carry = self._prefill(cache, prompts, key, sampler)
+    newest_TxB = token_B[None]
     stopped_B = np.zeros(len(prompts), bool)
-    for i in range(steps):
-      newest_B = next_B
-      if i + 1 < steps:  # Runs while the caller handles the newest token.
-        next_B, carry = self._advance(
-            self._params, carry, newest_B[:, None], lengths_B + i,
-            np.zeros_like(lengths_B), key, np.int32(i + 1), sampler)
-      drawn_B = np.asarray(newest_B)
-      if stop_id is not None:
-        drawn_B = np.where(stopped_B, stop_id, drawn_B)
-        stopped_B |= drawn_B == stop_id
-      yield drawn_B
-      if stopped_B.all():
-        break
+    done = 0
+    while done < steps:
+      ready_TxB = newest_TxB
+      first = done + len(ready_TxB)
+      if first < steps:  # Runs while the caller handles what is ready.
+        token_B, carry, newest_TxB = self._advance(
+            self._params, carry, token_B, lengths_B + first - 1, key,
+            np.int32(first), sampler)
+      for drawn_B in np.asarray(ready_TxB)[:steps - done]:
+        if stop_id is not None:
+          drawn_B = np.where(stopped_B, stop_id, drawn_B)
+          stopped_B |= drawn_B == stop_id
+        yield drawn_B
+        if stopped_B.all():
+          break
+      done = steps if stopped_B.all() else first
     self.statistics = carry[1]
 
   def sparsity(self) -> dict[str, float]:

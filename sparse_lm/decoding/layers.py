@@ -28,7 +28,8 @@ def can_skip(ffn: FFN, sparse: bool) -> bool:
       sparsified or ffn.config.activation in RELU_FAMILY)
 
 
-def _project_rows(x_BxLxD: jax.Array, rows_FxD: jax.Array) -> jax.Array:
+def project_rows(x_BxLxD: jax.Array, rows_FxD: jax.Array) -> jax.Array:
+  """One number a row of the matrix (B, L, F), in x's type."""
   return jax.lax.dot_general(x_BxLxD, rows_FxD, (((2,), (1,)), ((), ())))
 
 
@@ -74,11 +75,11 @@ class NeuronMajorFFN(FFN):
       self.up_FxD = nnx.Param(lay_out(ffn.up_DxF[...].T))
 
   def project_gate(self, x_gate_BxLxD: jax.Array) -> jax.Array:
-    return _project_rows(x_gate_BxLxD, self.gate_FxD[...])
+    return project_rows(x_gate_BxLxD, self.gate_FxD[...])
 
   def project_up(self, x_up_BxLxD: jax.Array) -> jax.Array:
     rows_FxD = self.up_FxD[...].reshape(self.config.num_neurons, -1)
-    return _project_rows(x_up_BxLxD, rows_FxD)
+    return project_rows(x_up_BxLxD, rows_FxD)
 
   def project_down(self, hidden_BxLxF: jax.Array) -> jax.Array:
     rows_FxD = self.down_FxD[...].reshape(self.config.num_neurons, -1)

@@ -149,9 +149,7 @@ class Attention(nnx.Module):
       (B, L), and the cache with x's keys and values (None without one).
     """
     x_BxLxD = sparsify.sparsify_input(x_BxLxD, self.inputs)
-    query_BxLxHxE, key, value = (
-        constrain(project(x_BxLxD, w[...]), "BxLxHxE")
-        for w in (self.query_DxHxE, self.key_DxKxE, self.value_DxKxE))
+    query_BxLxHxE, key, value = self.project_in(x_BxLxD)
     query_BxLxHxE = self._rope(query_BxLxHxE, positions_BxL)
     key = self._rope(key, positions_BxL)
     b, l, h, e = query_BxLxHxE.shape
@@ -171,8 +169,19 @@ class Attention(nnx.Module):
           query_BxKxGxLxE, positions_BxL, cache, window)
     mixed_BxLxHxE = mixed.transpose(0, 3, 1, 2, 4).reshape(b, l, h, e)
     mixed_BxLxHxE = sparsify.sparsify_input(mixed_BxLxHxE, self.inputs, axes=2)
-    y_BxLxD = project(mixed_BxLxHxE, self.output_HxExD[...], in_axes=2)
-    return y_BxLxD, attended, seen, cache
+    return self.project_out(mixed_BxLxHxE), attended, seen, cache
+
+  def project_in(self, x_BxLxD: jax.Array
+                 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries (B, L, H, E), keys and values (B, L, K, E)."""
+    query_BxLxHxE, key_BxLxKxE, value_BxLxKxE = (
+        constrain(project(x_BxLxD, w[...]), "BxLxHxE")
+        for w in (self.query_DxHxE, self.key_DxKxE, self.value_DxKxE))
+    return query_BxLxHxE, key_BxLxKxE, value_BxLxKxE
+
+  def project_out(self, mixed_BxLxHxE: jax.Array) -> jax.Array:
+    """The output (B, L, D)."""
+    return project(mixed_BxLxHxE, self.output_HxExD[...], in_axes=2)
 
   def _attend_in_blocks(self, query_BxKxGxLxE, positions_BxL, segments_BxL,
                         keys, window):

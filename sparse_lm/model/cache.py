@@ -17,6 +17,9 @@ def write_rows(cached_BxKxSxE: jax.Array, new_BxLxKxE: jax.Array,
   # Heads are indexed, not sliced: XLA's CPU backend turns the write of a single
   # slice into an update that it fuses, a second time beside the cache's own,
   # with what reads it, and copies the whole cache for that.
+  # And XLA's GPU backend computes rotary positions within the write, which has
+  # few threads, without the barrier.
+  new_BxLxKxE = jax.lax.optimization_barrier(new_BxLxKxE)
   batch, heads = cached_BxKxSxE.shape[:2]
   rows_Bx1x1 = jnp.arange(batch)[:, None, None]
   return cached_BxKxSxE.at[

@@ -1,0 +1,114 @@
+"""The kernels on an NVIDIA GPU: `make gpu-check`, without tests/conftest.py."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
+from sparse_lm.decoding import Decoder, Greedy
+from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
+                                          sparse_ffn)
+from sparse_lm.kernels.statistical_topk import gated_topk
+from sparse_lm.model import Transformer
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu",
+                                reason="needs an NVIDIA GPU: make gpu-check")
+
+gelu = functools.partial(jax.nn.gelu, approximate=True)
+
+
+def above(threshold, score):
+  return jnp.where(score > threshold, score, 0)
+
+
+SPARK = [(2304,), (13824, 1024), (13824, 1280), (13824, 2304)]
+GATED = [(2304,), (9216, 2304), (9216, 2304), (9216, 2304)]
+CASES = {
+    "spark": (SPARK, StatisticalTopk(1.405, gelu)),
+    "gated": (GATED, Elementwise(functools.partial(above, 2.3))),
+    "plain": ([*GATED[:2], None, GATED[3]], Elementwise(jax.nn.relu)),
+    "all": (SPARK, Elementwise(jnp.tanh)),
+    "none": (SPARK, Elementwise(jnp.zeros_like)),
+}
+
+
+def make(shapes, tokens, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  shapes = [(tokens, *shapes[0]), *shapes[1:]]
+  return [s and jax.random.normal(key, s, jnp.bfloat16) * (
+      1 if s is shapes[0] else s[1]**-0.5) for key, s in zip(keys, shapes)]
+
+
+def error(y, expected):
+  y, expected = (np.asarray(a, np.float64) for a in (y, expected))
+  return np.linalg.norm(y - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 20])
+@pytest.mark.parametrize("case", CASES)
+def test_sparse_ffn(case, tokens):
+  shapes, select = CASES[case]
+  arrays = make(shapes, tokens, seed=tokens)
+  run = functools.partial(sparse_ffn, select=select)
+  y, active = jax.jit(functools.partial(
+      run, implementation="pallas_gpu"))(*arrays)
+  wide = [a if a is None else a.astype(jnp.float32) for a in arrays]
+  with jax.default_matmul_precision("highest"):
+    expected, count = jax.jit(functools.partial(
+        run, implementation="reference"))(*wide)
+  assert error(y, expected) < 5e-3
+  # Scores are summed in another order: one may fall on the other side.
+  assert np.abs(np.asarray(active) - np.asarray(count)).max() <= 2
+  again, _ = jax.jit(functools.partial(
+      run, implementation="pallas_gpu"))(*arrays)
+  np.testing.assert_array_equal(y, again)
+
+
+def test_what_runs_by_default_is_the_kernel():
+  arrays = make(SPARK, 1)
+  select = CASES["spark"][1]
+  chosen, _ = sparse_ffn(*arrays, select=select)
+  kernel, _ = sparse_ffn(*arrays, select=select, implementation="pallas_gpu")
+  np.testing.assert_array_equal(chosen, kernel)
+
+
+def test_gated_topk():
+  score, up, d_h = (jax.random.normal(jax.random.key(i), (96, 13824),
+                                      jnp.bfloat16) for i in range(3))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(implementation, score, up, d_h):
+    h, pull = jax.vjp(functools.partial(
+        gated_topk, quantile=1.405, activation=gelu,
+        implementation=implementation), score, up)
+    return h, *pull(d_h)
+
+  for a, b in zip(run("pallas_gpu", score, up, d_h),
+                  run("xla", score, up, d_h)):
+    assert error(a, b) < 5e-3
+
+
+def test_decoding_reads_active_neurons_alone():
+  config = ModelConfig(
+      vocab_size=64, context_length=64, num_layers=2, model_dim=512,
+      compute_dtype="bfloat16",
+      ffn=FFNConfig(num_neurons=1024, predictor_dim=256, active_fraction=0.1),
+      attention=AttentionConfig(shape="dense", num_query_heads=4,
+                                num_kv_heads=2, head_dim=64))
+  params = nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(0))))
+  prompts = [[3, 1, 4, 1, 5], [9], list(range(10, 31))]
+  drawn, fractions = [], []
+  for skip, expected in ((True, "pallas_gpu"), (False, "dense")):
+    decoder = Decoder(config, params, skip_inactive=skip)
+    drawn.append(np.array(list(decoder.generate(
+        prompts, 12, Greedy(), jax.random.key(0)))))
+    assert decoder.ffn_implementations == [expected] * 2
+    fractions.append(decoder.sparsity()["active_fraction"])
+  assert fractions[0] == pytest.approx(fractions[1], rel=0.05)
+  # In bfloat16 two near-equal logits may change places; then rows part ways.
+  assert (drawn[0] == drawn[1]).mean() > 0.5
+  np.testing.assert_array_equal(drawn[0][0], drawn[1][0])

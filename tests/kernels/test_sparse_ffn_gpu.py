@@ -1,0 +1,138 @@
+"""The GPU kernel, interpreted and lowered with no GPU at hand.
+
+tests/gpu has what needs one.
+"""
+
+import functools
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk, gpu,
+                                          sparse_ffn)
+
+VERSION = jax.__version_info__
+interpreted = pytest.mark.skipif(
+    VERSION < (0, 11), reason="needs GPU interpret mode, of jax 0.11")
+# Before jax 0.12 that mode has one thread block.
+TILES, TOKENS = (2, 3) if VERSION >= (0, 12) else (1, 1)
+F, R, U, D = TILES * gpu.TILE, 256, 256, 512
+
+
+def linear(x):
+  return x
+
+
+def keep_above_mean(score):
+  """Of a whole row, so not a selection that a kernel takes in."""
+  return jnp.where(score > score.mean(-1, keepdims=True), score, 0)
+
+
+def make(shape, tokens=TOKENS, seed=0):
+  """x, gate, up, down of a layer, in bfloat16."""
+  rng = np.random.default_rng(seed)
+  shapes = {"spark": ((F, R), (F, U)), "gated": ((F, D), (F, D)),
+            "plain": ((F, D), None)}[shape]
+  return [None if s is None else jnp.array(rng.normal(size=s), jnp.bfloat16)
+          for s in ((tokens, D), *shapes, (F, D))]
+
+
+def formula(arrays, select, up_activation):
+  x, gate, up, down = (None if a is None else np.asarray(a, np.float64)
+                       for a in arrays)
+  scores = x[:, :gate.shape[1]] @ gate.T
+  activation = np.asarray(select(jnp.asarray(scores, jnp.float32)), np.float64)
+  hidden = activation
+  if up is not None:
+    product = x[:, -up.shape[1]:] @ up.T
+    hidden = hidden * np.asarray(up_activation(product), np.float64)
+  return hidden @ down, (activation != 0).sum(1)
+
+
+def run(arrays, select, up_activation=linear):
+  params = plgpu.InterpretGPUParams(detect_races=True)
+  with plgpu.force_gpu_interpret_mode(params):
+    return jax.device_get(sparse_ffn(
+        *arrays, select=select, up_activation=up_activation,
+        implementation="pallas_gpu"))
+
+
+def close(y, expected):
+  error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+  return error <= 4e-3 * np.linalg.norm(expected)
+
+
+@interpreted
+@pytest.mark.parametrize("shape, select, up_activation", [
+    ("spark", StatisticalTopk(1.0, jax.nn.relu), linear),
+    ("spark", StatisticalTopk(1.0, functools.partial(
+        jax.nn.gelu, approximate=True), bessel=True), jnp.tanh),
+    ("gated", Elementwise(jax.nn.relu), jax.nn.relu),
+    ("plain", Elementwise(jax.nn.relu), linear),
+    ("spark", keep_above_mean, linear),
+    # None, and all.
+    ("spark", Elementwise(jnp.zeros_like), linear),
+    ("spark", Elementwise(linear), linear),
+])
+def test_against_the_formula(shape, select, up_activation):
+  arrays = make(shape)
+  y, active = run(arrays, select, up_activation)
+  expected, count = formula(arrays, select, up_activation)
+  np.testing.assert_array_equal(active, count)
+  assert close(y, expected)
+
+
+@interpreted
+def test_rows_that_find_no_slot_wait(monkeypatch):
+  """Five slots, and up to 64 active neurons in a tile."""
+  monkeypatch.setattr(gpu, "_ROWS_BYTES", 5 * 2 * (U + D))
+  monkeypatch.setattr(gpu, "_ROWS_BYTES_BATCH", 5 * 2 * (U + D))
+  jax.clear_caches()
+  arrays = make("spark", seed=1)
+  for select in (Elementwise(jax.nn.relu), Elementwise(linear)):
+    y, active = run(arrays, select)
+    expected, count = formula(arrays, select, linear)
+    np.testing.assert_array_equal(active, count)
+    assert active.min() > 10 and close(y, expected)
+  jax.clear_caches()
+
+
+@interpreted
+def test_rows_of_inactive_neurons_are_not_read():
+  arrays = make("spark", tokens=1, seed=2)
+  select = Elementwise(lambda s: jnp.where(s > 20, s, 0))
+  expected, active = run(arrays, select)
+  x, gate, up, down = arrays
+  idle_F = np.asarray(x[:, :R] @ gate.T, np.float32)[0] <= 20
+  assert 0 < active[0] == (~idle_F).sum()
+  up, down = (jnp.where(idle_F[:, None], jnp.nan, a) for a in (up, down))
+  y, _ = run((x, gate, up, down), select)
+  np.testing.assert_array_equal(y, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("where", range(4))
+def test_what_is_not_finite_shows(where):
+  arrays = make("spark", tokens=1)
+  arrays[where] = arrays[where].at[0, -1].set(jnp.nan)
+  y, _ = run(arrays, Elementwise(linear))
+  assert np.isnan(np.asarray(y, np.float32)).any()
+
+
+@pytest.mark.parametrize("tokens, columns, select", [
+    (1, 1024, StatisticalTopk(1.4, functools.partial(jax.nn.gelu,
+                                                     approximate=True))),
+    (8, 1024, StatisticalTopk(1.4, jax.nn.silu)),
+    (1, 2304, Elementwise(jax.nn.relu)),  # gated
+])
+def test_lowers_at_the_shapes_of_a_2b_model(tokens, columns, select):
+  rest = 2304 if columns == 2304 else 2304 - columns
+  arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (
+      (tokens, 2304), (13824, columns), (13824, rest), (13824, 2304))]
+  lowered = jax.jit(functools.partial(
+      sparse_ffn, select=select, implementation="pallas_gpu")).trace(
+          *arrays).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("mosaic_gpu") >= 2
