@@ -26,7 +26,7 @@ from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  Select, StatisticalTopk)
 
-# Tokens with which reading everything is as fast, on an H200.
+# Up to so many tokens it is no slower than reading everything, on an H200.
 FASTER_UP_TO = 8
 # Neurons of a tile: the rows of the smallest tensor core product.
 TILE = 64

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.config import LinearInputsConfig
-from sparse_lm.kernels import statistical_topk as kernel
 from sparse_lm.kernels.gaussian import quantile as gaussian_quantile
 from sparse_lm.model.sharding import per_batch_shard
 
@@ -106,8 +105,6 @@ def statistical_topk(x: jax.Array, k: float, axis: int = -1, *,
   Returns:
     max(x - theta(x, k), 0), of `x`'s shape and type.
   """
-  if where is None and axis in (-1, x.ndim - 1) and k < x.shape[-1]:
-    return kernel.statistical_topk(x, k, bessel, huber_delta)
   theta = statistical_threshold(x, k, axis, where=where, bessel=bessel)
   y = soft_threshold(x.astype(theta.dtype), theta, huber_delta)
   if where is not None:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from sparse_lm.config import AttentionConfig
 from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.spark_attention import spark_attention
-from sparse_lm.kernels.statistical_topk import (choose, gated_topk,
-                                                statistical_topk)
+from sparse_lm.kernels.statistical_topk import choose, gated_topk
 from sparse_lm.model import sparsify
 from sparse_lm.model.attention import mix, spark_weights, visible
 
@@ -136,10 +135,6 @@ def _gates(k: int, score: jax.ShapeDtypeStruct) -> dict[str, Callable]:
   gated_*: `gated_topk` by its implementations here, one function of both. The
   others make a top-k of the scores and leave the rest to XLA.
   """
-  def autodiff(score_TxF):
-    theta = sparsify.statistical_threshold(score_TxF, k)
-    return sparsify.soft_threshold(score_TxF, theta).astype(score_TxF.dtype)
-
   def above(kth, score_TxF):
     return jnp.where(score_TxF >= jax.lax.stop_gradient(kth(score_TxF)),
                      score_TxF, 0)
@@ -149,8 +144,7 @@ def _gates(k: int, score: jax.ShapeDtypeStruct) -> dict[str, Callable]:
 
   sparsifiers = {
       "none": lambda score_TxF: score_TxF,
-      "statistical": lambda score_TxF: statistical_topk(score_TxF, k),
-      "statistical_autodiff": autodiff,
+      "statistical": lambda score_TxF: sparsify.statistical_topk(score_TxF, k),
       "top_k": functools.partial(
           above, lambda x: jax.lax.top_k(x, k)[0][..., -1:]),
       "approx_max_k": functools.partial(

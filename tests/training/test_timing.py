@@ -18,5 +18,4 @@ def test_topk():
   assert result["rows"][0] | dict(ms=0, MB=0) == dict(
       topk="none", ms=0, ratio=1.0, MB=0)
   assert [row["topk"] for row in result["rows"]][1:] == [
-      "statistical", "statistical_autodiff", "top_k", "approx_max_k",
-      "gated_xla"]
+      "statistical", "top_k", "approx_max_k", "gated_xla"]
