@@ -64,7 +64,8 @@ sharding = jax.sharding.SingleDeviceSharding(aot.tpu_devices(sys.argv[1])[0])
 @jax.jit
 def attend(query, key1, key2, value, lengths, window):
   return sparse_attention(query, key1, key2, value, lengths, window=window,
-                          top_k=256, logit_softcap=50., implementation="tpu")
+                          top_k=256, logit_softcap=50.,
+                          implementation="pallas_tpu")
 
 
 def array(*shape, dtype=jnp.bfloat16):

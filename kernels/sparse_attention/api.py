@@ -3,7 +3,6 @@
 Letters beside the README's: U = E - P, the head dims that do not predict.
 """
 
-from collections.abc import Callable
 import importlib
 
 import jax
@@ -11,8 +10,7 @@ import jax
 # By name, the module that has it. Lazy: Pallas takes a while to import.
 # `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, str] = {
-    name: f"sparse_lm.kernels.sparse_attention.{name}"
-    for name in ("xla", "tpu", "reference")}
+    "xla": "xla", "pallas_tpu": "tpu", "reference": "reference"}
 # Below so many slots, reading all keys is as fast on 2 CPU cores.
 _MIN_SLOTS = 2048
 
@@ -28,8 +26,8 @@ def choose(platform: str, slots: int, top_k: int, group: int) -> str | None:
 
   Returns:
     A key of `IMPLEMENTATIONS`; None where there is none: on a GPU the loop
-    over blocks would start a program for each, and `tpu` has been compiled
-    but not yet timed on a TPU.
+    over blocks would start a program for each, and "pallas_tpu" has been
+    compiled but not yet timed on a TPU.
   """
   fast = slots >= max(_MIN_SLOTS, 4 * group * top_k)
   return "xla" if platform == "cpu" and fast else None
@@ -52,7 +50,8 @@ def _module(implementation: str):
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is not one of "
                      f"{', '.join(IMPLEMENTATIONS)}")
-  return importlib.import_module(IMPLEMENTATIONS[implementation])
+  return importlib.import_module(
+      f"sparse_lm.kernels.sparse_attention.{IMPLEMENTATIONS[implementation]}")
 
 
 def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import jax
 
+from sparse_lm.kernels import devices
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 
 # By name, the module that has it. Lazy: Pallas takes a while to import.
@@ -13,9 +14,6 @@ from sparse_lm.kernels.sparse_ffn.select import Activation, Select
 IMPLEMENTATIONS: dict[str, str] = {
     "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
     "reference": "reference"}
-# The fastest of a platform. "pallas_tpu" is not among them: it has been
-# compiled, but not yet timed on a TPU.
-_OF_PLATFORM = {"cpu": "xla", "gpu": "pallas_gpu"}
 
 
 def _module(implementation: str) -> ModuleType:
@@ -47,12 +45,23 @@ def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,
   return module.unsupported(x_BxD, gate_FxR, up_FxU, down_FxD)
 
 
-def choose(platform: str, x_BxD: jax.Array, gate_FxR: jax.Array,
+def _fastest(device: jax.Device) -> str | None:
+  """Of a device, whatever the shapes.
+
+  Not "pallas_tpu": it has been compiled, but not yet timed on a TPU. The GPU
+  kernel has Hopper's matrix instructions, which Blackwell has not.
+  """
+  if device.platform == "cpu":
+    return "xla"
+  return "pallas_gpu" if devices.generation(device) == 9 else None
+
+
+def choose(device: jax.Device, x_BxD: jax.Array, gate_FxR: jax.Array,
            up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
   """The implementation that is faster than computing every neuron.
 
   Args:
-    platform: as `jax.Device.platform` has it.
+    device: what it would run on.
     x_BxD: as for `unsupported`, like the others.
     gate_FxR: the gate.
     up_FxU: None in a plain layer.
@@ -61,12 +70,12 @@ def choose(platform: str, x_BxD: jax.Array, gate_FxR: jax.Array,
   Returns:
     A key of `IMPLEMENTATIONS`; None where there is none.
   """
-  implementation = _OF_PLATFORM.get(platform)
+  implementation = _fastest(device)
   if implementation is None or unsupported(implementation, x_BxD, gate_FxR,
                                            up_FxU, down_FxD):
     return None
-  fastest = getattr(_module(implementation), "FASTER_UP_TO", math.inf)
-  return implementation if x_BxD.shape[0] <= fastest else None
+  limit = getattr(_module(implementation), "FASTER_UP_TO", math.inf)
+  return implementation if x_BxD.shape[0] <= limit else None
 
 
 def layout(rows_FxD: jax.Array, implementation: str) -> jax.Array:
@@ -101,7 +110,7 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
       inactive: threshold and activation function. See `select.py`.
     up_activation: of the other branch, elementwise.
     implementation: a key of `IMPLEMENTATIONS`; None: what `choose` says of
-      the default backend, or "reference", which computes every neuron.
+      the first device, or "reference", which computes every neuron.
 
   Returns:
     The layer's output (B, D) in x's type, and how many neurons each token
@@ -113,7 +122,7 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
   """
   arrays = (x_BxD, gate_FxR, up_FxU, down_FxD)
   if implementation is None:
-    implementation = choose(jax.default_backend(), *arrays) or "reference"
+    implementation = choose(jax.devices()[0], *arrays) or "reference"
   module = _module(implementation)
   neurons, width = gate_FxR.shape[0], x_BxD.shape[1]
   expected = [("gate_FxR", gate_FxR, min(gate_FxR.shape[1], width)),

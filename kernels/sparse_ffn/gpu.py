@@ -1,4 +1,4 @@
-"""The operation in Pallas Mosaic GPU, for NVIDIA Hopper and newer.
+"""The operation in Pallas Mosaic GPU, for NVIDIA Hopper.
 
 Two kernels. The first multiplies the gate: it streams all of it, a tile of
 neurons a thread block, through the tensor cores, and leaves each tile's mean

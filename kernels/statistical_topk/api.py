@@ -5,6 +5,7 @@ from types import ModuleType
 
 import jax
 
+from sparse_lm.kernels import devices
 from sparse_lm.kernels.statistical_topk import gpu, xla
 from sparse_lm.kernels.statistical_topk.rule import Activation, Rule
 
@@ -23,9 +24,7 @@ def choose(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
   Returns:
     A key of `IMPLEMENTATIONS`.
   """
-  device = jax.devices()[0]
-  served = (device.platform == "gpu"
-            and float(device.compute_capability) >= 9  # Hopper
+  served = (devices.generation(jax.devices()[0]) >= 9  # Hopper
             and not gpu.unsupported(score_NxF, up_NxF, activation,
                                     up_activation))
   return "pallas_gpu" if served else "xla"

@@ -91,7 +91,7 @@ class NeuronMajorFFN(FFN):
 
   def chosen(self, x_BxD: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """The kernel for one token a row; None: every neuron is computed."""
-    return self.implementation or choose(jax.default_backend(), x_BxD,
+    return self.implementation or choose(jax.devices()[0], x_BxD,
                                          *self.matrices())
 
   def __call__(self, x_BxLxD: jax.Array, sparse: bool | jax.Array = True

@@ -108,7 +108,7 @@ def _kernel(config: FFNConfig, model_dim: int, batch: int,
       jax.ShapeDtypeStruct((rows, columns), dtype) for rows, columns in (
           (batch, model_dim), (config.num_neurons, gate_dim),
           (config.num_neurons, up_dim), (config.num_neurons, model_dim)))
-  return choose(jax.default_backend(), x, gate, up, down) or "dense"
+  return choose(jax.devices()[0], x, gate, up, down) or "dense"
 
 
 def _time_layers(config: FFNConfig, model_dim: int, num_layers: int, skip: bool,

@@ -164,7 +164,7 @@ def interpreted(arrays, **options):
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(
       detect_races=True, uninitialized_memory="nan")):
     return jax.block_until_ready(sparse_attention(
-        *arrays, implementation="tpu", **options))
+        *arrays, implementation="pallas_tpu", **options))
 
 
 @pytest.mark.parametrize("lengths, window, top_k, dtype", [
@@ -190,10 +190,10 @@ def test_the_tpu_kernel(capfd, lengths, window, top_k, dtype):
 def test_what_the_tpu_kernel_cannot_take():
   arrays = make(slots=300)
   assert unsupported("xla", *arrays[2:4]) is None
-  assert "300 slots" in unsupported("tpu", *arrays[2:4])
-  assert "E - P of 6" in unsupported("tpu", *make(slots=256)[2:4])
-  with pytest.raises(ValueError, match="'tpu': 300 slots are not a multiple"):
-    run(arrays, implementation="tpu")
+  assert "300 slots" in unsupported("pallas_tpu", *arrays[2:4])
+  assert "E - P of 6" in unsupported("pallas_tpu", *make(slots=256)[2:4])
+  with pytest.raises(ValueError, match="'pallas_tpu': 300 slots are not a multiple"):
+    run(arrays, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,6 +1,7 @@
 """The sparse feed-forward kernel against float64, and what it reads."""
 
 import functools
+import types
 
 import hypothesis
 from hypothesis import strategies as st
@@ -145,15 +146,23 @@ def shapes(batch, dtype=jnp.bfloat16, columns=1024):
       (batch, 2304), (13824, columns), (13824, 2304 - columns), (13824, 2304))]
 
 
-@pytest.mark.parametrize("platform, arrays, expected", [
-    ("cpu", shapes(1), "xla"), ("cpu", shapes(64), "xla"),
-    ("gpu", shapes(1), "pallas_gpu"), ("gpu", shapes(64), None),
-    ("gpu", shapes(1, jnp.float32), None), ("gpu", shapes(1, columns=1000), None),
+@pytest.mark.parametrize("platform, capability, arrays, expected", [
+    ("cpu", None, shapes(1), "xla"), ("cpu", None, shapes(64), "xla"),
+    ("gpu", "9.0", shapes(1), "pallas_gpu"), ("gpu", "9.0", shapes(64), None),
+    ("gpu", "9.0", shapes(1, jnp.float32), None),
+    ("gpu", "9.0", shapes(1, columns=1000), None),
+    # T4, Blackwell, and another maker's.
+    ("gpu", "7.5", shapes(1), None), ("gpu", "10.0", shapes(1), None),
+    ("gpu", "gfx942", shapes(1), None),
     # Compiled, but not timed yet.
-    ("tpu", shapes(1), None),
+    ("tpu", None, shapes(1), None),
 ])
-def test_the_choice_is_by_device_and_shape(platform, arrays, expected):
-  assert choose(platform, *arrays) == expected
+def test_the_choice_is_by_device_and_shape(platform, capability, arrays,
+                                           expected):
+  device = types.SimpleNamespace(platform=platform)
+  if capability:
+    device.compute_capability = capability
+  assert choose(device, *arrays) == expected
 
 
 @pytest.mark.parametrize("arrays, message", [
