@@ -3,11 +3,15 @@
 Two kernels. The first multiplies the gate: it streams all of it, a tile of
 neurons a thread block, through the tensor cores, and leaves each tile's mean
 and squared deviations beside the scores. In the second each thread block takes
-one token and one tile: it adds the tiles' statistics up to the threshold, makes
-activations of its scores, and asks for the rows of `up` and `down` of every
-active neuron at once, in copies that run by themselves. As rows arrive it
-multiplies and adds. Each block leaves a partial sum, and XLA adds those in a
-fixed order: no atomics, the same result every time.
+one token and a tile, or a few where there are many tokens: it adds the tiles'
+statistics up to the threshold, makes activations of its scores, and asks for
+the rows of `up` and `down` of every active neuron at once, in copies that run
+by themselves. As rows arrive it multiplies and adds. Each block leaves a
+partial sum, and XLA adds those in a fixed order: no atomics, the same result
+every time.
+
+One kernel with a barrier between the two halves was no faster on an H200: what
+it saves in starting, the barrier and clearing its counter take.
 
 However many neurons of a tile are active, all are computed: those that find no
 slot in shared memory wait for the next round.
@@ -39,6 +43,8 @@ _COPIES = 2
 _ROWS_BYTES = 108 * 1024
 # The same for several tokens: four blocks, whose waits overlap.
 _ROWS_BYTES_BATCH = 52 * 1024
+# What one block may have.
+_SHARED_BYTES = 224 * 1024
 # A copy's longest dimension.
 _COLUMNS = 256
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -54,7 +60,6 @@ _ROW_A_WARP = plgpu.Layout.TILED(
 def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
                 up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
   """As `api.unsupported`."""
-  del down_FxD  # (F, D), as the others are.
   if {x_BxD.dtype, gate_FxR.dtype} != {jnp.dtype(jnp.bfloat16)}:
     return f"needs bfloat16, not {x_BxD.dtype} and {gate_FxR.dtype}"
   if not 1 <= x_BxD.shape[0] <= 64:
@@ -66,7 +71,20 @@ def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
   for name, size, unit in sizes:
     if size % unit:
       return f"needs {name} to be a multiple of {unit}, not {size}"
+  tokens, width = x_BxD.shape[0], gate_FxR.shape[1]
+  of_x = 2 * 8 * pl.cdiv(tokens, 8) * width
+  if of_x + _COPIES * 2 * TILE * _CHUNK > _SHARED_BYTES:
+    return f"{tokens} tokens of {width} numbers do not fit in shared memory"
+  if not _slots(tokens, [r.shape[1] for r in (up_FxU, down_FxD)
+                         if r is not None]):
+    return f"rows of {down_FxD.shape[1]} numbers do not fit in shared memory"
   return None
+
+
+def _slots(tokens: int, widths: list[int]) -> int:
+  """How many neurons' rows, of such widths, are in shared memory at a time."""
+  budget = _ROWS_BYTES if tokens == 1 else _ROWS_BYTES_BATCH
+  return min(TILE, budget // (2 * sum(widths)))
 
 
 def _predict_scratch(n: int, width: int) -> dict:
@@ -146,9 +164,7 @@ def _threshold(token, select, mean_gmem, square_gmem, tiles) -> jax.Array:
 def _accumulate_scratch(tokens: int, up_gmem, down_gmem) -> dict:
   """Shared memory of `_accumulate_block`."""
   gmems = dict(down=down_gmem) | ({} if up_gmem is None else dict(up=up_gmem))
-  row_bytes = sum(2 * math.prod(x.shape[1:]) for x in gmems.values())
-  budget = _ROWS_BYTES if tokens == 1 else _ROWS_BYTES_BATCH
-  slots = min(TILE, budget // row_bytes)
+  slots = _slots(tokens, [math.prod(x.shape[1:]) for x in gmems.values()])
   groups = pl.cdiv(slots, 4)
   scratch = dict(
       activation_smem=plgpu.SMEM((TILE,), jnp.float32),
