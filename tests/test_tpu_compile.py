@@ -86,8 +86,8 @@ for b, k, g, s, dtype in [(4, 4, 2, 8192, jnp.bfloat16),
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_the_sparse_attention_kernel_compiles(topology):
+def test_the_sparse_attention_kernel_compiles(topology, libtpu_environment):
   process = subprocess.run(
-      [sys.executable, "-c", ATTENTION, topology], env=environment(),
+      [sys.executable, "-c", ATTENTION, topology], env=libtpu_environment,
       capture_output=True, text=True, timeout=600, check=False)
   assert process.returncode == 0, process.stderr[-4000:]
