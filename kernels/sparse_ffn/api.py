@@ -7,7 +7,7 @@ from types import ModuleType
 import jax
 
 from sparse_lm.kernels import devices
-from sparse_lm.kernels.sparse_ffn.select import Activation, Select
+from sparse_lm.kernels.sparse_ffn.select import Activation, Select, linear
 
 # By name, the module that has it. Lazy: Pallas takes a while to import.
 # `reference` is what the others are tested against.
@@ -84,13 +84,9 @@ def layout(rows_FxD: jax.Array, implementation: str) -> jax.Array:
   return module.layout(rows_FxD) if hasattr(module, "layout") else rows_FxD
 
 
-def _linear(x: jax.Array) -> jax.Array:
-  return x
-
-
 def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                up_FxU: jax.Array | None, down_FxD: jax.Array, *,
-               select: Select, up_activation: Activation = _linear,
+               select: Select, up_activation: Activation = linear,
                implementation: str | None = None
                ) -> tuple[jax.Array, jax.Array]:
   """down' (select(gate x_first) * up_activation(up x_last)), for a few tokens.

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
-                                                 Select, StatisticalTopk)
+                                                 Select, StatisticalTopk,
+                                                 linear)
 
 # Up to so many tokens it is no slower than reading everything, on an H200.
 FASTER_UP_TO = 8
@@ -355,11 +356,7 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
   score, mean, square = _predict(x_nxD, gate_FxR)
   if not isinstance(select, (Elementwise, StatisticalTopk)):
     # Of the whole row: XLA's work.
-    score, select = select(score.T).T, Elementwise(_linear)
+    score, select = select(score.T).T, Elementwise(linear)
   y, count = _accumulate(tokens, select, up_activation, score, mean, square,
                          x_nxD, up_FxU, down_FxD)
   return y.sum(0).reshape(x_BxD.shape).astype(x_BxD.dtype), count.sum(0)
-
-
-def _linear(x: jax.Array) -> jax.Array:
-  return x

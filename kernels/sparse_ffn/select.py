@@ -12,6 +12,11 @@ Activation = Callable[[jax.Array], jax.Array]
 Select = Callable[[jax.Array], jax.Array]
 
 
+def linear(x: jax.Array) -> jax.Array:
+  """x: a branch without an activation."""
+  return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Elementwise:
   """activation(score): each neuron by itself, as the ReLU family does.

@@ -2,9 +2,9 @@
 
 from flax import nnx
 import jax
-import scipy.special
 
 from sparse_lm.config import RELU_FAMILY
+from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.sparse_ffn import (Elementwise, Select,
                                           StatisticalTopk, choose, layout,
                                           sparse_ffn)
@@ -41,8 +41,8 @@ def make_select(ffn: FFN, sparse: bool) -> Select:
   k, neurons = config.num_active, config.num_neurons
   if (config.sparsifier == "statistical_topk" and not config.huber_delta
       and k < neurons):
-    return StatisticalTopk(float(scipy.special.ndtri(1 - k / neurons)),
-                           ffn.activation, config.bessel)
+    return StatisticalTopk(float(quantile(k, neurons)), ffn.activation,
+                           config.bessel)
   return lambda score_BxF: ffn.activation(apply_sparsifier(score_BxF, config))
 
 
