@@ -4,6 +4,7 @@ tests/gpu has what needs one.
 """
 
 import functools
+from unittest import mock
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk, gpu,
                                           sparse_ffn)
 
@@ -54,7 +56,9 @@ def formula(arrays, select, up_activation):
 
 def run(arrays, select, up_activation=linear):
   params = plgpu.InterpretGPUParams(detect_races=True)
-  with plgpu.force_gpu_interpret_mode(params):
+  with (plgpu.force_gpu_interpret_mode(params),
+        # The interpreter runs kernels one after another.
+        mock.patch.object(mosaic_gpu, "DEPENDENT_LAUNCH", False)):
     return jax.device_get(sparse_ffn(
         *arrays, select=select, up_activation=up_activation,
         implementation="pallas_gpu"))
@@ -86,10 +90,9 @@ def test_against_the_formula(shape, select, up_activation):
 
 
 @interpreted
-def test_rows_that_find_no_slot_wait(monkeypatch):
-  """Five slots, and up to 64 active neurons in a tile."""
-  monkeypatch.setattr(gpu, "_ROWS_BYTES", 5 * 2 * (U + D))
-  monkeypatch.setattr(gpu, "_ROWS_BYTES_BATCH", 5 * 2 * (U + D))
+def test_rows_come_in_batches_of_any_size(monkeypatch):
+  """Of three, and more active neurons in a block than two batches hold."""
+  monkeypatch.setattr(gpu, "_ROWS_BYTES", 2 * 2 * (4 * U + 3 * D))
   jax.clear_caches()
   arrays = make("spark", seed=1)
   for select in (Elementwise(jax.nn.relu), Elementwise(linear)):
