@@ -15,13 +15,14 @@ import pytest
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk, gpu,
                                           sparse_ffn)
+from sparse_lm.kernels.sparse_ffn.gpu_scores import TILE
 
 VERSION = jax.__version_info__
 interpreted = pytest.mark.skipif(
     VERSION < (0, 11), reason="needs GPU interpret mode, of jax 0.11")
 # Before jax 0.12 that mode has one thread block.
 TILES, TOKENS = (2, 3) if VERSION >= (0, 12) else (1, 1)
-F, R, U, D = TILES * gpu.TILE, 256, 256, 512
+F, R, U, D = TILES * TILE, 256, 256, 512
 
 
 def linear(x):

@@ -1,0 +1,128 @@
+"""Inside the GPU kernels: a tile's scores, and the threshold of them all."""
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.sparse_ffn.select import StatisticalTopk
+
+# Neurons of a tile: the rows of the smallest tensor core product.
+TILE = 64
+# Columns of the gate, and of x, in one copy; four swizzled tiles of 128 bytes.
+CHUNK = 256
+# Chunks of the gate on their way, of 32 KB.
+_COPIES = 2
+_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+# Of a vector, 32 numbers or a multiple, lane by lane; every warp has them all.
+LANES = plgpu.Layout.TILED(
+    plgpu.Tiling(((32,), (1,))), warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-2,), vector_dim=-1)
+
+
+def scratch(tokens: int, width: int) -> dict:
+  """Shared memory of `multiply_gate`, for so many tokens of R dims."""
+  copies, n = min(_COPIES, width // CHUNK), whole_eights(tokens)
+  return dict(
+      x_smem=plgpu.SMEM((copies, n, CHUNK), jnp.bfloat16,
+                        transforms=_SWIZZLED),
+      gate_smem=plgpu.SMEM((copies, TILE, CHUNK), jnp.bfloat16,
+                           transforms=_SWIZZLED),
+      score_smem=plgpu.SMEM((TILE, n), jnp.float32),
+      chunk_barriers=plgpu.Barrier(num_arrivals=2, num_barriers=copies))
+
+
+def whole_eights(tokens: int) -> int:
+  """Tokens and what fills the last eight: the tensor cores' least."""
+  return 8 * pl.cdiv(tokens, 8)
+
+
+def multiply_gate(tile, x_gmem, gate_gmem, *, x_smem, gate_smem, score_smem,
+                  chunk_barriers) -> None:
+  """Leaves a tile's scores in shared memory.
+
+  Args:
+    tile: which one, traced.
+    x_gmem: the tokens (B, D); B is at most 8 or whole eights.
+    gate_gmem: the gate (F, R).
+    x_smem: chunks of x's columns.
+    gate_smem: chunks of the tile's columns.
+    score_smem: written, (64, n), n being the tokens in whole eights.
+    chunk_barriers: when both chunks are there.
+  """
+  rows = pl.ds(tile * TILE, TILE)
+  # Those beyond the tokens become 0. Literal bounds would be checked: 0 * tile.
+  tokens = pl.ds(0 * tile, x_smem.shape[1])
+  chunks, copies = gate_gmem.shape[1] // CHUNK, gate_smem.shape[0]
+
+  def copy(chunk):
+    slot, columns = chunk % copies, pl.ds(chunk * CHUNK, CHUNK)
+    for gmem, lines, smem in ((gate_gmem, rows, gate_smem),
+                              (x_gmem, tokens, x_smem)):
+      plgpu.copy_gmem_to_smem(gmem.at[lines, columns], smem.at[slot],
+                              chunk_barriers.at[slot])
+
+  def multiply(accumulator):
+    for chunk in range(chunks):
+      slot = chunk % copies
+      plgpu.barrier_wait(chunk_barriers.at[slot])
+      plgpu.wgmma(accumulator, gate_smem.at[slot],
+                  plgpu.transpose_ref(x_smem.at[slot], (1, 0)))
+      plgpu.wgmma_wait(0)
+      if chunk + copies < chunks:
+        copy(chunk + copies)
+    return accumulator[...]
+
+  for chunk in range(copies):
+    copy(chunk)
+  score_smem[...] = pl.run_scoped(
+      multiply, plgpu.ACC(score_smem.shape, jnp.float32))
+  plgpu.commit_smem()
+
+
+def write_scores(x_gmem, gate_gmem, score_gmem, statistics_gmem, *,
+                 score_smem, **smem) -> None:
+  """A kernel's body: a tile's scores, their mean and deviations from it.
+
+  Args:
+    x_gmem: as for `multiply_gate`, like the gate.
+    gate_gmem: the gate.
+    score_gmem: written, (B, F).
+    statistics_gmem: written, (2, B, t): means, then squared deviations.
+    score_smem: as `scratch` has it.
+    **smem: likewise.
+  """
+  tile = lax.axis_index("block")
+  mosaic_gpu.wait_for_kernel_before()
+  mosaic_gpu.let_kernel_after_start()
+  multiply_gate(tile, x_gmem, gate_gmem, score_smem=score_smem, **smem)
+  for token in range(score_gmem.shape[0]):
+    score = mosaic_gpu.load(score_smem.at[:, token], LANES, optimized=False)
+    mosaic_gpu.store(score_gmem.at[token, pl.ds(tile * TILE, TILE)], score)
+    mean = score.sum() / TILE
+    deviation = score - mean
+    statistics_gmem[0, token, tile] = mean
+    statistics_gmem[1, token, tile] = (deviation * deviation).sum()
+
+
+def threshold(token, select: StatisticalTopk, statistics_gmem, tiles: int
+              ) -> jax.Array:
+  """A token's threshold, a scalar in the kernel.
+
+  Args:
+    token: which one, traced.
+    select: the rule.
+    statistics_gmem: as `write_scores` has left them.
+    tiles: how many there are.
+  """
+  mean, square = (mosaic_gpu.load(statistics_gmem.at[i, token], LANES,
+                                  optimized=False) for i in range(2))
+  index = plgpu.broadcasted_iota(jnp.int32, mean.shape, 0, layout=LANES)
+  mean_of_all = jnp.where(index < tiles, mean, 0.0).sum() / tiles
+  # Chan et al., 1979: squared deviations of parts, put together.
+  apart = mean - mean_of_all
+  square = jnp.where(index < tiles, square + TILE * apart * apart, 0.0).sum()
+  return select.theta(mean_of_all, square, tiles * TILE)
