@@ -10,7 +10,8 @@ import jax
 # By name, the module that has it. Lazy: Pallas takes a while to import.
 # `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, str] = {
-    "xla": "xla", "pallas_tpu": "tpu", "reference": "reference"}
+    "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
+    "reference": "reference"}
 # Below so many slots, reading all keys is as fast on 2 CPU cores.
 _MIN_SLOTS = 2048
 
@@ -33,17 +34,21 @@ def choose(platform: str, slots: int, top_k: int, group: int) -> str | None:
   return "xla" if platform == "cpu" and fast else None
 
 
-def unsupported(implementation: str, key2_BxKxSxU: jax.Array,
+def unsupported(implementation: str, query_BxKxGxE: jax.Array,
+                key1_BxKxSxP: jax.Array, key2_BxKxSxU: jax.Array,
                 value_BxKxSxE: jax.Array) -> str | None:
-  """Why an implementation cannot take a cache, None where it can.
+  """Why an implementation cannot serve, None where it can.
 
   Args:
     implementation: a key of `IMPLEMENTATIONS`.
-    key2_BxKxSxU: as `sparse_attention` has it; shapes alone matter.
+    query_BxKxGxE: as `sparse_attention` has it; shapes and types alone matter.
+    key1_BxKxSxP: likewise.
+    key2_BxKxSxU: likewise.
     value_BxKxSxE: likewise.
   """
   check = getattr(_module(implementation), "unsupported", None)
-  return check and check(key2_BxKxSxU, value_BxKxSxE)
+  return check and check(query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU,
+                         value_BxKxSxE)
 
 
 def _module(implementation: str):
@@ -99,7 +104,8 @@ def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
   if top_k < 1:
     raise ValueError(f"top_k={top_k} must be above 0")
-  reason = unsupported(implementation, key2_BxKxSxU, value_BxKxSxE)
+  reason = unsupported(implementation, query_BxKxGxE, key1_BxKxSxP,
+                       key2_BxKxSxU, value_BxKxSxE)
   if reason:
     raise ValueError(f"implementation={implementation!r}: {reason}")
   return call(query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE,
