@@ -182,7 +182,7 @@ def _score_chunk(heads, group, bounds_gmem, rows_gmem, rotary_gmem, key1_gmem,
   Args:
     heads: key/value heads.
     group: queries of each.
-    bounds_gmem: each row's first visible slot, and the one after the last.
+    bounds_gmem: as `_bounds` makes them.
     rows_gmem: as `_Queries` has it.
     rotary_gmem: likewise; if None, nothing is written to the cache.
     key1_gmem: (heads, S / 16, 16, P).
@@ -198,8 +198,9 @@ def _score_chunk(heads, group, bounds_gmem, rows_gmem, rotary_gmem, key1_gmem,
   own, width = pl.ds(chunk * _WARPS, _WARPS), key1_gmem.shape[-1]
   start, end, visible = _in_sight(bounds_gmem, queries.row, chunk)
 
+  newest = bounds_gmem[queries.row, 2]
+
   def write_newest():
-    newest = end - 1
     slot = (newest // _OWN, newest % _OWN)
     key1 = queries.new_key(0, width)
     _store_halves(key1_gmem.at[head, *slot], key1)
@@ -216,7 +217,7 @@ def _score_chunk(heads, group, bounds_gmem, rows_gmem, rotary_gmem, key1_gmem,
     query = [queries.query(g, 0, width) for g in range(group)]
     plgpu.barrier_wait(barrier)
     if rotary_gmem is not None:
-      pl.when((end - 1) // CHUNK == chunk)(write_newest)
+      pl.when(newest // CHUNK == chunk)(write_newest)
     seen = _seen(start, end)
     layout = _KEYS.reduce((1, 2))
     warp = plgpu.broadcasted_iota(jnp.int32, (_WARPS,), 0, layout=layout)
@@ -439,12 +440,13 @@ def _own_keys(x_BxKxSxE: jax.Array) -> jax.Array:
 
 def _bounds(lengths_B: jax.Array, window: jax.Array | int, slots: int
             ) -> jax.Array:
-  """First visible slot of each row, and the one after the last: (B, 2)."""
-  return jnp.stack([jnp.maximum(lengths_B - window, 0),
-                    jnp.minimum(lengths_B, slots)], -1).astype(jnp.int32)
+  """Of each row the first visible slot, the one after the last, the newest."""
+  ends = [jnp.maximum(lengths_B - window, 0), jnp.minimum(lengths_B, slots),
+          lengths_B - 1]
+  return jnp.stack(ends, -1).astype(jnp.int32)
 
 
-def _attend(rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx2, group, top_k,
+def _attend(rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
             logit_softcap):
   """The kernels, one after the other.
 
@@ -452,7 +454,7 @@ def _attend(rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx2, group, top_k,
     rows_BxRxE: as `_Queries` has them.
     rotary_Bx2xT: likewise.
     caches: first parts, second parts and values, each (B, K, S, width).
-    bounds_Bx2: as `_bounds` makes it.
+    bounds_Bx3: as `_bounds` makes it.
     group: query heads per key/value head.
     top_k: as `api.sparse_attention` has it, like `logit_softcap`.
     logit_softcap: of the scores that the softmax sees.
@@ -486,10 +488,10 @@ def _attend(rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx2, group, top_k,
       score, (f32((heads, group, s // _OWN, _OWN)),
               f32((heads, group, 3, states))), grid,
       key_smem=plgpu.SMEM((_WARPS, _OWN, keys[0].shape[-1]), jnp.bfloat16),
-      barrier=plgpu.Barrier())(bounds_Bx2, rows_BxRxE, *turned, *keys)
+      barrier=plgpu.Barrier())(bounds_Bx3, rows_BxRxE, *turned, *keys)
   if turned:
     keys = [jax.freeze(x) for x in keys]
-  quantile_B = quantiles(bounds_Bx2[:, 1] - bounds_Bx2[:, 0], s, top_k)
+  quantile_B = quantiles(bounds_Bx3[:, 1] - bounds_Bx3[:, 0], s, top_k)
   mix = functools.partial(with_rotary(_mix_chunk, k, group, logit_softcap),
                           before=3)
   mix.__name__ = "sparse_attention_mix"
@@ -497,14 +499,14 @@ def _attend(rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx2, group, top_k,
       mix, (f32((heads, group, fours, 4, width)),
             f32((heads, group, 2, states))), grid,
       **_mix_scratch(group, *keys[1:]))(
-          bounds_Bx2, quantile_B, rows_BxRxE, *turned, *keys[1:], scores,
+          bounds_Bx3, quantile_B, rows_BxRxE, *turned, *keys[1:], scores,
           states_of)
   join = functools.partial(_join_chunks, k)
   join.__name__ = "sparse_attention_join"
   y, counts = _kernel(
       join, (jax.ShapeDtypeStruct((heads, group, width), rows_BxRxE.dtype),
              jax.ShapeDtypeStruct((heads, group), jnp.int32)),
-      dict(head=heads, query=group))(bounds_Bx2, parts, sums)
+      dict(head=heads, query=group))(bounds_Bx3, parts, sums)
   return (y.reshape(b, k, group, width), counts.reshape(b, k, group),
           [x.reshape(c.shape) for x, c in zip(keys, caches)])
 
@@ -515,7 +517,40 @@ def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
                      logit_softcap: float) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_attention`; what it serves, `unsupported` says."""
   b, k, g, e = query_BxKxGxE.shape
-  bounds_Bx2 = _bounds(lengths_B, window, key1_BxKxSxP.shape[2])
+  bounds_Bx3 = _bounds(lengths_B, window, key1_BxKxSxP.shape[2])
   return _attend(query_BxKxGxE.reshape(b, k * g, e), None,
-                 (key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE), bounds_Bx2, g,
+                 (key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE), bounds_Bx3, g,
                  top_k, logit_softcap)[:2]
+
+
+def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
+                     key1_BxKxSxP: jax.Array, key2_BxKxSxU: jax.Array,
+                     value_BxKxSxE: jax.Array, lengths_B: jax.Array, *,
+                     window: jax.Array | int, top_k: int, logit_softcap: float
+                     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+  """One token: its key and value are written, then its queries attend.
+
+  Args:
+    rows_BxRxE: what a layer projects its token to, R = K G + 2 K rows: queries,
+      keys and values, none turned to its position.
+    rotary_Bx2xT: cosine and sine of the angle of each pair of dims, T = E / 2:
+      i of the first part and P / 2 + i, then those of the second part. The
+      first part's pairs come first.
+    key1_BxKxSxP: as `api.sparse_attention` has it, like what follows.
+    key2_BxKxSxU: the second parts.
+    value_BxKxSxE: the values.
+    lengths_B: filled positions, the token's included: it is written to the
+      last one, unless that is beyond the slots.
+    window: how many tokens the query sees.
+    top_k: about how many keys it keeps.
+    logit_softcap: of the softmax.
+
+  Returns:
+    As `api.sparse_attention`, and the three arrays of the cache, written in
+    place where they are not used again.
+  """
+  group = rows_BxRxE.shape[1] // value_BxKxSxE.shape[1] - 2
+  bounds_Bx3 = _bounds(lengths_B, window, key1_BxKxSxP.shape[2])
+  return _attend(rows_BxRxE, rotary_Bx2xT,
+                 (key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE), bounds_Bx3,
+                 group, top_k, logit_softcap)

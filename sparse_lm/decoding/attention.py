@@ -8,9 +8,12 @@ import jax.numpy as jnp
 
 from sparse_lm.config import AttentionConfig, ModelConfig
 from sparse_lm.decoding.layers import project_rows
-from sparse_lm.kernels.sparse_attention import choose, sparse_attention
+from sparse_lm.kernels.sparse_attention import (choose, sparse_attention,
+                                                write_and_attend)
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.cache import LayerCache, empty_cache, write_rows
+from sparse_lm.model.layers import rope_angles
+from sparse_lm.model.sparsify import sparsify_input
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +89,33 @@ class CachedAttention(Attention):
     mixed_BxLxP = mixed_BxLxHxE.reshape(*mixed_BxLxHxE.shape[:2], -1)
     return project_rows(mixed_BxLxP, self.output_DxP[...])
 
+  def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array,
+               segments_BxL: jax.Array | None, window: jax.Array | int,
+               cache: LayerCache | SplitCache | None):
+    """As `Attention`; one token, where a kernel does all of it, by that."""
+    if (not isinstance(cache, SplitCache) or x_BxLxD.shape[1] > 1
+        or cache.implementation != "pallas_gpu"):
+      return super().__call__(x_BxLxD, positions_BxL, segments_BxL, window,
+                              cache)
+    config, positions_B = self.config, positions_BxL[:, 0]
+    x_BxLxD = sparsify_input(x_BxLxD, self.inputs)
+    rows_BxRxE = project_rows(x_BxLxD, self.in_PxD[...]).reshape(
+        x_BxLxD.shape[0], -1, config.head_dim)
+    angles_BxT = jnp.concatenate(
+        [rope_angles(positions_B, array.shape[-1], config.rope_base)
+         for array in (cache.key1_BxKxSxP, cache.key2_BxKxSxU)], -1)
+    rotary_Bx2xT = jnp.stack([jnp.cos(angles_BxT), jnp.sin(angles_BxT)], 1)
+    mixed_BxKxGxE, kept_BxKxG, arrays = write_and_attend(
+        rows_BxRxE, rotary_Bx2xT, cache.key1_BxKxSxP, cache.key2_BxKxSxU,
+        cache.value_BxKxSxE, positions_B + 1, window=window,
+        top_k=config.top_k, logit_softcap=config.logit_softcap)
+    mixed_BxLxHxE = mixed_BxKxGxE.reshape(
+        x_BxLxD.shape[0], 1, config.num_query_heads, -1)
+    mixed_BxLxHxE = sparsify_input(mixed_BxLxHxE, self.inputs, axes=2)
+    seen_BxL = jnp.minimum(positions_BxL + 1, window)
+    return (self.project_out(mixed_BxLxHxE), kept_BxKxG.mean((1, 2))[:, None],
+            seen_BxL, SplitCache(*arrays, cache.implementation))
+
   def attend_to_cache(self, query_BxKxGxLxE: jax.Array,
                       positions_BxL: jax.Array, cache: LayerCache | SplitCache,
                       window: jax.Array | int
@@ -103,12 +133,18 @@ class CachedAttention(Attention):
             jnp.minimum(lengths_B, window)[:, None])
 
 
-def choose_attention(config: AttentionConfig, slots: int) -> str:
+def choose_attention(config: AttentionConfig, batch: int, slots: int,
+                     dtype: jnp.dtype) -> str:
   """What reads a cache of so many slots: "dense", or a kernel."""
   if config.shape != "spark":
     return "dense"
-  group = config.num_query_heads // config.num_kv_heads
-  return choose(jax.default_backend(), slots, config.top_k, group) or "dense"
+  kv_heads, first, width = (config.num_kv_heads, config.predictor_dim,
+                            config.head_dim)
+  query, *keys = (
+      jax.ShapeDtypeStruct((batch, kv_heads, *shape), dtype) for shape in (
+          (config.num_query_heads // kv_heads, width), (slots, first),
+          (slots, width - first), (slots, width)))
+  return choose(jax.devices()[0], config.top_k, query, *keys) or "dense"
 
 
 def decoding_cache(config: ModelConfig, batch: int, slots: int,

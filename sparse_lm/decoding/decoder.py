@@ -19,6 +19,9 @@ from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS, unsupported
 from sparse_lm.model import activity
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
 
+# Caches hold a multiple of so many tokens: a kernel's thread block reads them.
+_SLOTS = 64
+
 
 def _bucket(length: int, limit: int) -> int:
   """The next power of two, at most `limit`: few shapes, few compilations."""
@@ -220,7 +223,9 @@ class Decoder:
     limit = self.config.context_length
     steps = min(max_new_tokens, limit - int(lengths_B.max()))
     slots = _bucket(int(lengths_B.max()) + steps, limit)
-    attention = (choose_attention(self.config.attention, slots)
+    slots = -(-slots // _SLOTS) * _SLOTS
+    attention = (choose_attention(self.config.attention, len(prompts), slots,
+                                  self._dtype)
                  if self._skip_keys else "dense")
     self.attention_implementations = [attention] * self.config.num_layers
     self.ffn_implementations = self._choose_ffns(len(prompts))

@@ -69,10 +69,13 @@ def test_skipping_changes_nothing():
 
 
 def test_what_is_chosen():
-  assert choose_attention(CONFIG.attention, SLOTS) == "xla"
-  assert choose_attention(CONFIG.attention, SLOTS // 2) == "dense"
+  def chosen(config, slots):
+    return choose_attention(config, 3, slots, jnp.float32)
+
+  assert chosen(CONFIG.attention, SLOTS) == "xla"
+  assert chosen(CONFIG.attention, SLOTS // 2) == "dense"
   dense = dataclasses.replace(CONFIG.attention, shape="dense")
-  assert choose_attention(dense, SLOTS) == "dense"
+  assert chosen(dense, SLOTS) == "dense"
 
 
 def test_the_cache_keeps_its_type_and_size():
