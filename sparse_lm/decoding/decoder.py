@@ -12,6 +12,7 @@ import numpy as np
 from sparse_lm.config import ModelConfig
 from sparse_lm.decoding.attention import (CachedAttention, choose_attention,
                                           decoding_cache)
+from sparse_lm.decoding.block import AddNorm, DecodingBlock
 from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
@@ -66,10 +67,15 @@ class Decoder:
     self.config = config
     self.ffn_implementations, self.attention_implementations = [], []
     self._skip_keys, self._chunk = skip_inactive, prefill_chunk
+    blocks, before = [], None
     for block, sparse in zip(model.blocks, config.sparse_layers):
       block.attention = CachedAttention(block.attention)
       if skip_inactive and can_skip(block.ffn, sparse):
         block.ffn = NeuronMajorFFN(block.ffn, sparse, ffn_implementation)
+      blocks.append(DecodingBlock(block, before))
+      before = block.ffn_out_norm
+    model.blocks = nnx.List(blocks)
+    model.final_norm = AddNorm(before, model.final_norm)
     self.statistics: Statistics | None = None  # of the newest `generate`
     self._dtype = model.dtype
     self._graph, params = nnx.split(model)
