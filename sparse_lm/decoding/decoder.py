@@ -230,9 +230,8 @@ class Decoder:
     steps = min(max_new_tokens, limit - int(lengths_B.max()))
     slots = _bucket(int(lengths_B.max()) + steps, limit)
     slots = -(-slots // _SLOTS) * _SLOTS
-    attention = (choose_attention(self.config.attention, len(prompts), slots,
-                                  self._dtype)
-                 if self._skip_keys else "dense")
+    attention = choose_attention(self.config.attention, len(prompts), slots,
+                                 self._dtype, self._skip_keys)
     self.attention_implementations = [attention] * self.config.num_layers
     self.ffn_implementations = self._choose_ffns(len(prompts))
     cache = decoding_cache(self.config, len(prompts), slots, self._dtype,
