@@ -52,6 +52,10 @@ _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 # A number for each neuron of a tile, or for each tile: 64 or a multiple.
 _COLUMN = plgpu.Layout.WGMMA.reduce(1)
+# Of eight rows of x, two rows a warp: 4 columns a thread.
+_TOKENS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,),
+    lane_dims=(-3, -2), vector_dim=-1)
 # Of four rows, a row a warp: (4, columns / 256, 256), 8 columns a thread.
 _ROW_A_WARP = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 1, _COLUMNS), (8,))), warp_dims=(-4,), lane_dims=(-2,),
@@ -103,7 +107,7 @@ def _predict_tile(x_gmem, gate_gmem, score_gmem, mean_gmem, square_gmem, *,
   """Scores of this block's tile, their mean and squared deviations from it.
 
   Args:
-    x_gmem: the tokens (n, D).
+    x_gmem: the tokens (n, D), or one: each of n is that one then.
     gate_gmem: the gate (F, R).
     score_gmem: written, (F, n).
     mean_gmem: written, (t, n).
@@ -125,9 +129,16 @@ def _predict_tile(x_gmem, gate_gmem, score_gmem, mean_gmem, square_gmem, *,
 
   for chunk in range(copies):
     copy(chunk)
-  plgpu.copy_gmem_to_smem(x_gmem.at[:, pl.ds(0, gate_gmem.shape[1])], x_smem,
-                          x_barrier)
-  plgpu.barrier_wait(x_barrier)
+  columns = pl.ds(0, gate_gmem.shape[1])
+  if x_gmem.shape[0] == 1:
+    x = mosaic_gpu.load(x_gmem.at[0, columns], _TOKENS.reduce(0),
+                        optimized=False)
+    x_smem[...] = plgpu.layout_cast(
+        lax.broadcast_in_dim(x, x_smem.shape, (1,)), _TOKENS)
+    plgpu.commit_smem()
+  else:
+    plgpu.copy_gmem_to_smem(x_gmem.at[:, columns], x_smem, x_barrier)
+    plgpu.barrier_wait(x_barrier)
 
   def multiply(accumulator):
     for chunk in range(chunks):
@@ -142,7 +153,7 @@ def _predict_tile(x_gmem, gate_gmem, score_gmem, mean_gmem, square_gmem, *,
     return accumulator[...]
 
   score = pl.run_scoped(
-      multiply, plgpu.ACC((TILE, x_gmem.shape[0]), jnp.float32))
+      multiply, plgpu.ACC((TILE, x_smem.shape[0]), jnp.float32))
   mosaic_gpu.store(score_gmem.at[rows], score)
   mean = score.sum(0) / TILE
   deviation = score - lax.broadcast_in_dim(mean, score.shape, (1,))
@@ -312,7 +323,7 @@ def _predict(x_nxD, gate_FxR):
 
   Rows of t beyond the tiles, up to a multiple of 64, are not written.
   """
-  n, (neurons, width) = x_nxD.shape[0], gate_FxR.shape
+  n, (neurons, width) = 8 * pl.cdiv(x_nxD.shape[0], 8), gate_FxR.shape
   tiles = neurons // TILE
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   statistics = f32((64 * pl.cdiv(tiles, 64), n))
@@ -351,8 +362,9 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`; what it serves, `unsupported` says."""
   tokens = x_BxD.shape[0]
-  # The tensor cores' least. XLA makes the rows where it makes x.
-  x_nxD = jnp.pad(x_BxD, ((0, -tokens % 8), (0, 0)))
+  # The tensor cores' least; one token the kernel repeats by itself.
+  missing = -tokens % 8 if tokens > 1 else 0
+  x_nxD = jnp.pad(x_BxD, ((0, missing), (0, 0)))
   score, mean, square = _predict(x_nxD, gate_FxR)
   if not isinstance(select, (Elementwise, StatisticalTopk)):
     # Of the whole row: XLA's work.
