@@ -135,4 +135,4 @@ def test_what_it_cannot_serve():
   assert choose(jax.devices()[0], x, jnp.zeros((1, 4, 64, E), x.dtype)) is None
   arrays = make((50,), 64, 1, 1)
   with pytest.raises(ValueError, match="needs bfloat16"):
-    run([a.astype(jnp.float32) for a in arrays])
+    write_and_attend(*(a.astype(jnp.float32) for a in arrays), window=9)
