@@ -209,27 +209,41 @@ def fours(chunks: int) -> int:
   return step * pl.cdiv(chunks, 4 * step)
 
 
-def fold_chunks(count: int, start, end, add, zero):
-  """Folds add(fours, there, carry) over the chunks in sight.
+def chunks_there(first, count: int, start, end) -> jax.Array:
+  """Which of `count` fours of chunks from `first` on are in sight: (count, 4).
+  """
+  four, one = (plgpu.broadcasted_iota(jnp.int32, (count, 4), axis,
+                                      layout=PARTIAL.reduce(2))
+               for axis in (0, 1))
+  chunk = (four + first) * 4 + one
+  return (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > start)
+
+
+def add_parts(part_gmem, start, end, factor=None) -> jax.Array:
+  """Adds up what `add_values` has left of the chunks in sight, (4, E).
 
   Args:
-    count: fours of chunks.
+    part_gmem: a query's.
     start: the first visible slot.
     end: the one after the last.
-    add: given which fours, and which chunks of them are in sight (step, 4).
-    zero: the first carry.
+    factor: what to multiply each chunk's part with, (step, 4), a function of
+      which fours; None: nothing.
   """
-  step = min(count, _FOURS)
-  span, layout = step * 4 * CHUNK, PARTIAL.reduce(2)
+  step = min(part_gmem.shape[0], _FOURS)
+  span = step * 4 * CHUNK
 
-  def turn(i, carry):
-    four, one = (plgpu.broadcasted_iota(jnp.int32, (step, 4), axis,
-                                        layout=layout) for axis in (0, 1))
-    chunk = (four + i * step) * 4 + one
-    there = (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > start)
-    return add(pl.ds(i * step, step), there, carry)
+  def add(i, total):
+    rows = pl.ds(i * step, step)
+    parts = mosaic_gpu.load(part_gmem.at[rows], PARTIAL, optimized=False)
+    there = chunks_there(i * step, step, start, end)
+    # Below 0 where nothing was written.
+    wide = jnp.where(there, factor(rows) if factor else 1.0, -1.0)
+    wide = spread(wide, parts.shape, (0, 1), PARTIAL)
+    return total + jnp.where(wide < 0.0, 0.0, parts * wide).sum(0)
 
-  return lax.fori_loop(start // span, pl.cdiv(end, span), turn, zero)
+  zero = plgpu.layout_cast(jnp.zeros(part_gmem.shape[1:], jnp.float32),
+                           PARTIAL.reduce(0))
+  return lax.fori_loop(start // span, pl.cdiv(end, span), add, zero)
 
 
 def kernel(body: Callable, out_type, grid, **scratch):

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
-    CHUNK, COLUMNS, OWN, PARTIAL, WARPS, Queries, add_values, capped,
-    fold_chunks, fours, in_sight, kernel, make_bounds, own_keys, products,
-    seen_keys, spread, store_halves)
+    CHUNK, COLUMNS, OWN, PARTIAL, WARPS, Queries, add_parts, add_values, capped,
+    chunks_there, fours, in_sight, kernel, make_bounds, own_keys, products,
+    seen_keys, store_halves)
 
 # What a chunk leaves beside its part of the values.
 _BEST, _WEIGHT = range(2)
@@ -100,34 +100,20 @@ def _join_chunks(heads, bounds_gmem, part_gmem, sum_gmem, y_gmem) -> None:
   """
   head, g = lax.axis_index("head"), lax.axis_index("query")
   start, end, _ = in_sight(bounds_gmem, head // heads, 0)
-  count, layout = part_gmem.shape[2], PARTIAL.reduce(2)
-  fold = functools.partial(fold_chunks, count, start, end)
+  there = chunks_there(0, part_gmem.shape[2], start, end)
+  best, weight = (
+      mosaic_gpu.load(sum_gmem.at[i, head, g], PARTIAL.reduce(2),
+                      optimized=False) for i in (_BEST, _WEIGHT))
+  best = jnp.where(there, best, -jnp.inf)
+  greatest = jnp.max(jnp.max(best, axis=0))
+  divisor = jnp.where(there, jnp.exp(best - greatest) * weight, 0.0).sum(0)
 
-  def get(i, rows):
-    return mosaic_gpu.load(sum_gmem.at[i, head, g, rows], layout,
-                           optimized=False)
+  def factor(rows):
+    best = mosaic_gpu.load(sum_gmem.at[_BEST, head, g, rows],
+                           PARTIAL.reduce(2), optimized=False)
+    return jnp.exp(best - greatest)
 
-  def zero(shape, layout, value=0.0):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-  def greatest(rows, there, best):
-    here = jnp.where(there, get(_BEST, rows), -jnp.inf)
-    return jnp.maximum(best, jnp.max(here, axis=0))
-
-  best = jnp.max(fold(greatest, zero((4,), layout.reduce(0), -jnp.inf)))
-
-  def add(rows, there, carry):
-    total, divisor = carry
-    factor = jnp.where(there, jnp.exp(get(_BEST, rows) - best), -1.0)
-    parts = mosaic_gpu.load(part_gmem.at[head, g, rows], PARTIAL,
-                            optimized=False)
-    wide = spread(factor, parts.shape, (0, 1), PARTIAL)
-    total += jnp.where(wide < 0.0, 0.0, parts * wide).sum(0)
-    return total, divisor + jnp.where(there, factor * get(_WEIGHT, rows),
-                                      0.0).sum(0)
-
-  total, divisor = fold(add, (zero(part_gmem.shape[3:], PARTIAL.reduce(0)),
-                              zero((4,), layout.reduce(0))))
+  total = add_parts(part_gmem.at[head, g], start, end, factor)
   mosaic_gpu.store(y_gmem.at[head, g],
                    (total.sum(0) / divisor.sum()).astype(y_gmem.dtype))
 

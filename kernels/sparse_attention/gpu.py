@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.token_attention import (
-    CHUNK, COLUMNS, KEYS, OWN, PARTIAL, STATE, WARPS, Queries, add_values,
-    capped, fold_chunks, fours, in_sight, kernel, make_bounds, overlap,
+    CHUNK, COLUMNS, KEYS, OWN, STATE, WARPS, Queries, add_parts, add_values,
+    capped, fours, in_sight, kernel, make_bounds, overlap,
     own_keys, products, seen_keys, spread, store_halves)
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.sparse_attention.predictor import quantiles
@@ -113,11 +113,9 @@ def _softplus(x: jax.Array) -> jax.Array:
                                          jnp.log(1.0 + small))
 
 
-def _threshold(state_gmem, quantile, start, end):
+def _threshold(state, quantile, start, end):
   """A query's least kept score and its best one, scalars."""
-  mean, square, best = (
-      mosaic_gpu.load(state_gmem.at[i], STATE, optimized=False)
-      for i in (_MEAN, _SQUARE, _BEST))
+  mean, square, best = state
   part = plgpu.broadcasted_iota(jnp.int32, mean.shape, 0, layout=STATE)
   count = overlap(start, end, part)
   total = (end - start).astype(jnp.float32)
@@ -175,27 +173,25 @@ def _mix_chunk(heads, group, write, softcap, bounds_gmem, rows_gmem,
   start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
   barriers = key2_barrier, value_barrier
 
-  def weigh(g, seen):
-    """A query's weights before the second parts, and 1 for its kept keys."""
+  def get(g):
+    """What the first kernel has left of a query."""
     score = mosaic_gpu.load(score_gmem.at[head, g, own], KEYS.reduce(2),
                             optimized=False)
-    least, best = _threshold(state_gmem.at[head, g],
-                             quantile_gmem[queries.row], start, end)
+    return score, [mosaic_gpu.load(state_gmem.at[head, g, i], STATE,
+                                   optimized=False)
+                   for i in (_MEAN, _SQUARE, _BEST)]
+
+  def weigh(score, state, seen):
+    """A query's weights before the second parts, and 1 for its kept keys."""
+    least, best = _threshold(state, quantile_gmem[queries.row], start, end)
     weight = jnp.exp(capped(score, softcap) - capped(best, softcap))
     # A score that is NaN is kept, and so are all where `least` is.
     kept = jnp.where(seen, jnp.where(score < least, 0, 1), 0)
-    divisor = jnp.where(kept > 0, weight, 0.0).sum(1)
-    mosaic_gpu.store(sum_gmem.at[head, g, _WEIGHT, own], divisor)
-    mosaic_gpu.store(sum_gmem.at[head, g, _COUNT, own],
-                     kept.astype(jnp.float32).sum(1))
     return jnp.where(kept > 0, weight, -1.0), kept
 
-  def ask(i):
+  def ask(i, kept):
     """Starts the copies of a group of keys if one is kept."""
     warp, first = i // (OWN // _GROUP), i % (OWN // _GROUP) * _GROUP
-    kept = kept_smem[warp, first]
-    for j in range(1, _GROUP):
-      kept += kept_smem[warp, first + j]
 
     @pl.when(kept > 0)
     def _():
@@ -226,10 +222,20 @@ def _mix_chunk(heads, group, write, softcap, bounds_gmem, rows_gmem,
   @pl.when(visible)
   def _():
     seen = seen_keys(start, end)
-    weights, kept = zip(*(weigh(g, seen) for g in range(group)))
+    # All loads are on their way before the first is needed.
+    left = [get(g) for g in range(group)]
+    weights, kept = zip(*(weigh(*x, seen) for x in left))
     kept_smem[...] = sum(kept[1:], kept[0])
     plgpu.commit_smem()
-    pl.loop(0, CHUNK // _GROUP)(ask)
+    flags = [[kept_smem[i // OWN, i % OWN] for i in range(j, j + _GROUP)]
+             for j in range(0, CHUNK, _GROUP)]
+    for i, flag in enumerate(flags):
+      ask(i, sum(flag[1:], flag[0]))
+    for g in range(group):
+      one = jnp.where(weights[g] < 0.0, 0.0, weights[g]), kept[g]
+      for i, x in zip((_WEIGHT, _COUNT), one):
+        mosaic_gpu.store(sum_gmem.at[head, g, i, own],
+                         x.astype(jnp.float32).sum(1))
     mix(weights)
 
 
@@ -247,22 +253,13 @@ def _join_chunks(heads, bounds_gmem, part_gmem, sum_gmem, y_gmem, count_gmem
   weight, count = (
       mosaic_gpu.load(sum_gmem.at[head, g, i], STATE, optimized=False)
       for i in (_WEIGHT, _COUNT))
-  part = plgpu.broadcasted_iota(jnp.int32, weight.shape, 0, layout=STATE)
-  there = overlap(start, end, part) > 0.0
+  total = add_parts(part_gmem.at[head, g], start, end)
+  warp = plgpu.broadcasted_iota(jnp.int32, weight.shape, 0, layout=STATE)
+  there = overlap(start, end, warp) > 0.0
   divisor = jnp.where(there, weight, 0.0).sum()
-  count_gmem[head, g] = jnp.where(there, count, 0.0).sum().astype(jnp.int32)
-
-  def add(fours, there, total):
-    parts = mosaic_gpu.load(part_gmem.at[head, g, fours], PARTIAL,
-                            optimized=False)
-    there = spread(there, parts.shape, (0, 1), PARTIAL)
-    return total + jnp.where(there, parts, 0.0).sum(0)
-
-  zero = plgpu.layout_cast(jnp.zeros(part_gmem.shape[3:], jnp.float32),
-                           PARTIAL.reduce(0))
-  total = fold_chunks(part_gmem.shape[2], start, end, add, zero)
   mosaic_gpu.store(y_gmem.at[head, g],
                    (total.sum(0) / divisor).astype(y_gmem.dtype))
+  count_gmem[head, g] = jnp.where(there, count, 0.0).sum().astype(jnp.int32)
 
 
 def _attend(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
