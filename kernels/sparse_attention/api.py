@@ -7,43 +7,59 @@ import importlib
 
 import jax
 
+from sparse_lm.kernels.devices import generation
+
 # By name, the module that has it. Lazy: Pallas takes a while to import.
 # `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, str] = {
-    "xla": "xla", "pallas_tpu": "tpu", "reference": "reference"}
+    "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
+    "reference": "reference"}
 # Below so many slots, reading all keys is as fast on 2 CPU cores.
 _MIN_SLOTS = 2048
 
 
-def choose(platform: str, slots: int, top_k: int, group: int) -> str | None:
+def choose(device: jax.Device, top_k: int, query_BxKxGxE: jax.Array,
+           key1_BxKxSxP: jax.Array, key2_BxKxSxU: jax.Array,
+           value_BxKxSxE: jax.Array) -> str | None:
   """The implementation that is faster than reading every key.
 
   Args:
-    platform: as `jax.Device.platform` has it.
-    slots: of the cache, S.
+    device: where it is to run.
     top_k: keys that a query aims to keep.
-    group: query heads per key/value head, G: no two need keep the same keys.
+    query_BxKxGxE: as `sparse_attention` has it; shapes and types alone matter.
+    key1_BxKxSxP: likewise.
+    key2_BxKxSxU: likewise.
+    value_BxKxSxE: likewise.
 
   Returns:
-    A key of `IMPLEMENTATIONS`; None where there is none: on a GPU the loop
-    over blocks would start a program for each, and "pallas_tpu" has been
-    compiled but not yet timed on a TPU.
+    A key of `IMPLEMENTATIONS`; None where there is none: on other GPUs than
+    Hopper XLA's loop over blocks would start a program for each, and
+    "pallas_tpu" has been compiled but not yet timed on a TPU.
   """
+  arrays = query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE
+  if generation(device) == 9 and not unsupported("pallas_gpu", *arrays):
+    return "pallas_gpu"
+  # No two queries of a group need keep the same keys.
+  group, slots = query_BxKxGxE.shape[2], key1_BxKxSxP.shape[2]
   fast = slots >= max(_MIN_SLOTS, 4 * group * top_k)
-  return "xla" if platform == "cpu" and fast else None
+  return "xla" if device.platform == "cpu" and fast else None
 
 
-def unsupported(implementation: str, key2_BxKxSxU: jax.Array,
+def unsupported(implementation: str, query_BxKxGxE: jax.Array,
+                key1_BxKxSxP: jax.Array, key2_BxKxSxU: jax.Array,
                 value_BxKxSxE: jax.Array) -> str | None:
-  """Why an implementation cannot take a cache, None where it can.
+  """Why an implementation cannot serve, None where it can.
 
   Args:
     implementation: a key of `IMPLEMENTATIONS`.
-    key2_BxKxSxU: as `sparse_attention` has it; shapes alone matter.
+    query_BxKxGxE: as `sparse_attention` has it; shapes and types alone matter.
+    key1_BxKxSxP: likewise.
+    key2_BxKxSxU: likewise.
     value_BxKxSxE: likewise.
   """
   check = getattr(_module(implementation), "unsupported", None)
-  return check and check(key2_BxKxSxU, value_BxKxSxE)
+  return check and check(query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU,
+                         value_BxKxSxE)
 
 
 def _module(implementation: str):
@@ -99,8 +115,14 @@ def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
   if top_k < 1:
     raise ValueError(f"top_k={top_k} must be above 0")
-  reason = unsupported(implementation, key2_BxKxSxU, value_BxKxSxE)
+  reason = unsupported(implementation, query_BxKxGxE, key1_BxKxSxP,
+                       key2_BxKxSxU, value_BxKxSxE)
   if reason:
     raise ValueError(f"implementation={implementation!r}: {reason}")
   return call(query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE,
               lengths_B, window, top_k, logit_softcap)
+
+
+def write_and_attend(*arrays: jax.Array, **options):
+  """See `gpu.write_and_attend`, of "pallas_gpu" alone."""
+  return _module("pallas_gpu").write_and_attend(*arrays, **options)

@@ -13,15 +13,21 @@ def products(query_BxKxGxP: jax.Array, key_BxKxSxP: jax.Array) -> jax.Array:
   return query_BxKxGxP.shape[-1]**-0.5 * scores
 
 
+def quantiles(counts: jax.Array, slots: int, top_k: int) -> jax.Array:
+  """Q(1 - k/n) in float32, -inf where n <= k, for each count n up to `slots`.
+
+  Looked up: the same rounding as in training, where Q is in float64.
+  """
+  fraction = np.maximum(1 - top_k / np.maximum(np.arange(slots + 1), 1), 0)
+  return jnp.asarray(scipy.special.ndtri(fraction), jnp.float32)[counts]
+
+
 def _threshold(scores_BxKxGxS: jax.Array, seen_Bx1x1xS: jax.Array,
                top_k: int) -> jax.Array:
   """mean + std * Q(1 - k/n) over the n visible keys; -inf where n <= k."""
-  slots = scores_BxKxGxS.shape[-1]
-  fraction = np.maximum(1 - top_k / np.maximum(np.arange(slots + 1), 1), 0)
-  # Looked up: the same rounding as in training, where Q is in float64.
-  table = jnp.asarray(scipy.special.ndtri(fraction), jnp.float32)
   count = seen_Bx1x1xS.sum(-1, keepdims=True)
-  quantile, count = table[count], jnp.maximum(count, 1)
+  quantile = quantiles(count, scores_BxKxGxS.shape[-1], top_k)
+  count = jnp.maximum(count, 1)
   mean = scores_BxKxGxS.sum(-1, keepdims=True, where=seen_Bx1x1xS) / count
   squares = jnp.square(scores_BxKxGxS - mean).sum(-1, keepdims=True,
                                                   where=seen_Bx1x1xS)

@@ -21,9 +21,11 @@ BLOCK = 128  # keys; a register's lanes
 _MAX_LISTED = 2**17
 
 
-def unsupported(key2_BxKxSxU: jax.Array, value_BxKxSxE: jax.Array
+def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
+                key2_BxKxSxU: jax.Array, value_BxKxSxE: jax.Array
                 ) -> str | None:
-  """Why the kernel cannot take these arrays, None where it can."""
+  """As `api.unsupported`."""
+  del query_BxKxGxE, key1_BxKxSxP
   b, k, s, width = value_BxKxSxE.shape
   if s % BLOCK:
     return f"{s} slots are not a multiple of {BLOCK}"

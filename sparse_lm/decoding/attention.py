@@ -8,9 +8,13 @@ import jax.numpy as jnp
 
 from sparse_lm.config import AttentionConfig, ModelConfig
 from sparse_lm.decoding.layers import project_rows
-from sparse_lm.kernels.sparse_attention import choose, sparse_attention
+from sparse_lm.kernels import dense_attention
+from sparse_lm.kernels.sparse_attention import (choose, sparse_attention,
+                                                write_and_attend)
 from sparse_lm.model.attention import Attention
 from sparse_lm.model.cache import LayerCache, empty_cache, write_rows
+from sparse_lm.model.layers import rope_angles
+from sparse_lm.model.sparsify import sparsify_input
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +54,48 @@ class SplitCache:
         self.implementation)
 
 
+  def step(self, rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
+           lengths_B: jax.Array, window: jax.Array | int,
+           config: AttentionConfig
+           ) -> tuple[jax.Array, jax.Array, "SplitCache"]:
+    """Writes a token and attends, by "pallas_gpu".
+
+    Args:
+      rows_BxRxE: as `kernels.sparse_attention.write_and_attend` has it.
+      rotary_Bx2xT: likewise, like the lengths and the window.
+      lengths_B: the token's positions, and 1.
+      window: of the layer.
+      config: the layer's.
+
+    Returns:
+      Values mixed (B, K, G, E), keys attended (B,), the cache.
+    """
+    mixed_BxKxGxE, kept_BxKxG, arrays = write_and_attend(
+        rows_BxRxE, rotary_Bx2xT, self.key1_BxKxSxP, self.key2_BxKxSxU,
+        self.value_BxKxSxE, lengths_B, window=window, top_k=config.top_k,
+        logit_softcap=config.logit_softcap)
+    return (mixed_BxKxGxE, kept_BxKxG.mean((1, 2)),
+            SplitCache(*arrays, self.implementation))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KernelCache(LayerCache):
+  """A `LayerCache` that a kernel writes one token to, and attends to whole."""
+
+  implementation = "pallas_gpu"
+
+  def step(self, rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
+           lengths_B: jax.Array, window: jax.Array | int,
+           config: AttentionConfig
+           ) -> tuple[jax.Array, jax.Array, "KernelCache"]:
+    """As `SplitCache.step`."""
+    mixed_BxKxGxE, arrays = dense_attention.write_and_attend(
+        rows_BxRxE, rotary_Bx2xT, self.key_BxKxSxE, self.value_BxKxSxE,
+        lengths_B, window=window, logit_softcap=config.logit_softcap)
+    return mixed_BxKxGxE, jnp.minimum(lengths_B, window), KernelCache(*arrays)
+
+
 class CachedAttention(Attention):
   """Attention laid out for decoding.
 
@@ -86,6 +132,36 @@ class CachedAttention(Attention):
     mixed_BxLxP = mixed_BxLxHxE.reshape(*mixed_BxLxHxE.shape[:2], -1)
     return project_rows(mixed_BxLxP, self.output_DxP[...])
 
+  def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array,
+               segments_BxL: jax.Array | None, window: jax.Array | int,
+               cache: LayerCache | SplitCache | None):
+    """As `Attention`; one token, where a kernel does all of it, by that."""
+    if (x_BxLxD.shape[1] > 1
+        or getattr(cache, "implementation", None) != "pallas_gpu"):
+      return super().__call__(x_BxLxD, positions_BxL, segments_BxL, window,
+                              cache)
+    x_BxLxD = sparsify_input(x_BxLxD, self.inputs)
+    rows_BxRxE = project_rows(x_BxLxD, self.in_PxD[...]).reshape(
+        x_BxLxD.shape[0], -1, self.config.head_dim)
+    positions_B = positions_BxL[:, 0]
+    # The same in all layers: XLA computes it once.
+    angles_BxT = jnp.concatenate(
+        [rope_angles(positions_B, width, self.config.rope_base)
+         for width in self._turned_widths()], -1)
+    rotary_Bx2xT = jnp.stack([jnp.cos(angles_BxT), jnp.sin(angles_BxT)], 1)
+    mixed_BxKxGxE, attended_B, cache = cache.step(
+        rows_BxRxE, rotary_Bx2xT, positions_B + 1, window, self.config)
+    mixed_BxLxHxE = mixed_BxKxGxE.reshape(
+        *x_BxLxD.shape[:2], self.config.num_query_heads, -1)
+    mixed_BxLxHxE = sparsify_input(mixed_BxLxHxE, self.inputs, axes=2)
+    seen_BxL = jnp.minimum(positions_BxL + 1, window)
+    return self.project_out(mixed_BxLxHxE), attended_B[:, None], seen_BxL, cache
+
+  def _turned_widths(self) -> list[int]:
+    """Of the parts of a head that rotary positions turn by themselves."""
+    width, first = self.config.head_dim, self.config.predictor_dim
+    return [first, width - first] if self.config.shape == "spark" else [width]
+
   def attend_to_cache(self, query_BxKxGxLxE: jax.Array,
                       positions_BxL: jax.Array, cache: LayerCache | SplitCache,
                       window: jax.Array | int
@@ -103,21 +179,43 @@ class CachedAttention(Attention):
             jnp.minimum(lengths_B, window)[:, None])
 
 
-def choose_attention(config: AttentionConfig, slots: int) -> str:
-  """What reads a cache of so many slots: "dense", or a kernel."""
-  if config.shape != "spark":
-    return "dense"
-  group = config.num_query_heads // config.num_kv_heads
-  return choose(jax.default_backend(), slots, config.top_k, group) or "dense"
+def choose_attention(config: AttentionConfig, batch: int, slots: int,
+                     dtype: jnp.dtype, skip: bool = True) -> str:
+  """What attends to a cache of so many slots: "dense", or a kernel.
+
+  Args:
+    config: the layers'.
+    batch: how many rows.
+    slots: of each.
+    dtype: of the cache.
+    skip: False for whatever computes all keys.
+  """
+  kv_heads, first, width = (config.num_kv_heads, config.predictor_dim,
+                            config.head_dim)
+
+  def like(rows, columns):
+    return jax.ShapeDtypeStruct((batch, kv_heads, rows, columns), dtype)
+
+  device = jax.devices()[0]
+  query = like(config.num_query_heads // kv_heads, width)
+  if config.shape == "dense":
+    name = dense_attention.choose(device, query, like(slots, width))
+  else:
+    name = skip and choose(device, config.top_k, query, like(slots, first),
+                           like(slots, width - first), like(slots, width))
+  return name or "dense"
 
 
 def decoding_cache(config: ModelConfig, batch: int, slots: int,
                    dtype: jnp.dtype, implementation: str
                    ) -> tuple[LayerCache | SplitCache, ...]:
   """As `empty_cache`, in the layout that an implementation reads."""
+  attention = config.attention
   if implementation == "dense":
     return empty_cache(config, batch, slots, dtype)
-  attention = config.attention
+  if attention.shape == "dense":
+    return tuple(KernelCache(cache.key_BxKxSxE, cache.value_BxKxSxE)
+                 for cache in empty_cache(config, batch, slots, dtype))
   first, width = attention.predictor_dim, attention.head_dim
 
   def zeros(width):

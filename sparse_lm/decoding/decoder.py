@@ -12,12 +12,16 @@ import numpy as np
 from sparse_lm.config import ModelConfig
 from sparse_lm.decoding.attention import (CachedAttention, choose_attention,
                                           decoding_cache)
+from sparse_lm.decoding.block import AddNorm, DecodingBlock
 from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
 from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS, unsupported
 from sparse_lm.model import activity
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
+
+# Caches hold a multiple of so many tokens: a kernel's thread block reads them.
+_SLOTS = 64
 
 
 def _bucket(length: int, limit: int) -> int:
@@ -63,10 +67,15 @@ class Decoder:
     self.config = config
     self.ffn_implementations, self.attention_implementations = [], []
     self._skip_keys, self._chunk = skip_inactive, prefill_chunk
+    blocks, before = [], None
     for block, sparse in zip(model.blocks, config.sparse_layers):
       block.attention = CachedAttention(block.attention)
       if skip_inactive and can_skip(block.ffn, sparse):
         block.ffn = NeuronMajorFFN(block.ffn, sparse, ffn_implementation)
+      blocks.append(DecodingBlock(block, before))
+      before = block.ffn_out_norm
+    model.blocks = nnx.List(blocks)
+    model.final_norm = AddNorm(before, model.final_norm)
     self.statistics: Statistics | None = None  # of the newest `generate`
     self._dtype = model.dtype
     self._graph, params = nnx.split(model)
@@ -220,8 +229,9 @@ class Decoder:
     limit = self.config.context_length
     steps = min(max_new_tokens, limit - int(lengths_B.max()))
     slots = _bucket(int(lengths_B.max()) + steps, limit)
-    attention = (choose_attention(self.config.attention, slots)
-                 if self._skip_keys else "dense")
+    slots = -(-slots // _SLOTS) * _SLOTS
+    attention = choose_attention(self.config.attention, len(prompts), slots,
+                                 self._dtype, self._skip_keys)
     self.attention_implementations = [attention] * self.config.num_layers
     self.ffn_implementations = self._choose_ffns(len(prompts))
     cache = decoding_cache(self.config, len(prompts), slots, self._dtype,

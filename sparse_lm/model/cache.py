@@ -42,7 +42,7 @@ class LayerCache:
   def write(self, key_BxLxKxE: jax.Array, value_BxLxKxE: jax.Array,
             positions_BxL: jax.Array) -> "LayerCache":
     """The cache with each row's new tokens at their positions."""
-    return LayerCache(
+    return type(self)(
         write_rows(self.key_BxKxSxE, key_BxLxKxE, positions_BxL),
         write_rows(self.value_BxKxSxE, value_BxLxKxE, positions_BxL))
 

@@ -57,6 +57,13 @@ class RMSNorm(nnx.Module):
     return x.astype(x_BxLxD.dtype)
 
 
+def rope_angles(positions: jax.Array, width: int, base: float) -> jax.Array:
+  """How far the pairs of `width` dims turn, (..., width / 2), in radians."""
+  half = width // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  return positions[..., None].astype(jnp.float32) * frequency
+
+
 def rope(x: jax.Array, positions_BxL: jax.Array, base: float) -> jax.Array:
   """Rotary position embedding over the last axis (arXiv 2104.09864).
 
@@ -67,9 +74,7 @@ def rope(x: jax.Array, positions_BxL: jax.Array, base: float) -> jax.Array:
     positions_BxL: int positions within the document.
     base: pair i of n turns by position * base^(-i/n) radians.
   """
-  half = x.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions_BxL[..., None, None].astype(jnp.float32) * frequency
+  angle = rope_angles(positions_BxL[..., None], x.shape[-1], base)
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin],

@@ -53,6 +53,19 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
   return jnp.dtype("float32" if slow else "bfloat16")
 
 
+def sum_up(positions_BxL: jax.Array, segments_BxL: jax.Array | None,
+           attended_BxL: jax.Array, visible_BxL: jax.Array,
+           neurons: activity.Activity | activity.ActiveCount,
+           measures: Sequence[str]) -> dict[str, jax.Array]:
+  """The sums of `Statistics` of a layer."""
+  counted_BxL = (jnp.ones_like(positions_BxL, bool) if segments_BxL is None
+                 else segments_BxL > 0)
+  keys = dict(attended_keys=attended_BxL, visible_keys=visible_BxL)
+  sums = {name: x.sum(where=counted_BxL, dtype=jnp.float32)
+          for name, x in keys.items()}
+  return sums | neurons.measure(measures, counted_BxL, segments_BxL)
+
+
 class Block(nnx.Module):
   """Attention and feed-forward, each between two norms, each added on."""
 
@@ -70,18 +83,14 @@ class Block(nnx.Module):
                positions_BxL: jax.Array, segments_BxL: jax.Array | None,
                cache: LayerCache | None, measures: Sequence[str]):
     """The block's output, the sums of `Statistics`, the cache."""
-    counted_BxL = (jnp.ones_like(positions_BxL, bool) if segments_BxL is None
-                   else segments_BxL > 0)
     y, attended_BxL, visible_BxL, cache = self.attention(
         self.attention_norm(x_BxLxD), positions_BxL, segments_BxL,
         layer.window, cache)
     x_BxLxD = constrain(x_BxLxD + self.attention_out_norm(y), "BxLxD")
     y, neurons = self.ffn(self.ffn_norm(x_BxLxD), layer.sparse)
     x_BxLxD = constrain(x_BxLxD + self.ffn_out_norm(y), "BxLxD")
-    keys = dict(attended_keys=attended_BxL, visible_keys=visible_BxL)
-    sums = {name: x.sum(where=counted_BxL, dtype=jnp.float32)
-            for name, x in keys.items()}
-    sums |= neurons.measure(measures, counted_BxL, segments_BxL)
+    sums = sum_up(positions_BxL, segments_BxL, attended_BxL, visible_BxL,
+                  neurons, measures)
     return x_BxLxD, sums, cache
 
 

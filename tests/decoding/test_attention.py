@@ -4,6 +4,7 @@ import dataclasses
 
 from flax import nnx
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,11 +69,50 @@ def test_skipping_changes_nothing():
   assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12),
+                    reason="needs GPU interpret mode, of jax 0.12")
+@pytest.mark.parametrize("shape", ["spark", "dense"])
+def test_the_gpu_kernels_are_the_models_attention(shape):
+  """One token a row, after another that the same cache holds."""
+  config = dataclasses.replace(CONFIG, attention=AttentionConfig(
+      shape=shape, num_query_heads=2, num_kv_heads=1, head_dim=256,
+      predictor_dim=128, top_k=4, logit_softcap=5.0))
+  layer = next(Transformer(config, nnx.Rngs(0)).layers()).attention
+  graph, params = nnx.split(CachedAttention(layer))
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  x = jax.random.normal(jax.random.key(1), (2, 1, 32), jnp.bfloat16)
+  positions = jnp.array([[40], [3]])
+
+  def advance(cache, window=30):
+    attention = nnx.merge(graph, params)
+    # What was written earlier.
+    rows = jax.random.normal(jax.random.key(2), (2, 64, 2, 256), jnp.bfloat16)
+    cache = cache.write(rows[:, :, :1], rows[:, :, 1:],
+                        jnp.broadcast_to(jnp.arange(64), (2, 64)))
+    return attention(x, positions, None, window, cache)
+
+  caches = [decoding_cache(config, 2, 64, jnp.bfloat16, name)[0]
+            for name in ("pallas_gpu", "dense")]
+  with plgpu.force_gpu_interpret_mode():
+    y, *counts, cache = advance(caches[0])
+  expected, *same, whole = advance(caches[1])
+  error = np.linalg.norm(np.asarray(y - expected, np.float64))
+  assert error < 2e-2 * np.linalg.norm(np.asarray(expected, np.float64))
+  for a, b in zip(counts, same):
+    np.testing.assert_array_equal(a, b)
+  assert isinstance(cache, type(caches[0]))
+  for name in ("key_BxKxSxE", "value_BxKxSxE"):
+    np.testing.assert_array_equal(getattr(cache, name), getattr(whole, name))
+
+
 def test_what_is_chosen():
-  assert choose_attention(CONFIG.attention, SLOTS) == "xla"
-  assert choose_attention(CONFIG.attention, SLOTS // 2) == "dense"
+  def chosen(config, slots):
+    return choose_attention(config, 3, slots, jnp.float32)
+
+  assert chosen(CONFIG.attention, SLOTS) == "xla"
+  assert chosen(CONFIG.attention, SLOTS // 2) == "dense"
   dense = dataclasses.replace(CONFIG.attention, shape="dense")
-  assert choose_attention(dense, SLOTS) == "dense"
+  assert chosen(dense, SLOTS) == "dense"
 
 
 def test_the_cache_keeps_its_type_and_size():

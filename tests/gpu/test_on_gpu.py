@@ -10,6 +10,10 @@ import pytest
 
 from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
 from sparse_lm.decoding import Decoder, Greedy
+from sparse_lm.decoding import decoder as decoding
+from sparse_lm.kernels import sparse_attention as attention
+from sparse_lm.kernels.add_norm import add_norm
+from sparse_lm.kernels.sparse_attention import sparse_attention
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
                                           sparse_ffn)
 from sparse_lm.kernels.statistical_topk import gated_topk
@@ -90,6 +94,63 @@ def test_gated_topk():
   for a, b in zip(run("pallas_gpu", score, up, d_h),
                   run("xla", score, up, d_h)):
     assert error(a, b) < 5e-3
+
+
+@pytest.mark.parametrize("batch, slots, window", [
+    (1, 256, 2**30), (1, 1024, 2**30), (1, 4096, 2**30), (8, 4096, 1000),
+    (3, 8192, 4096)])
+def test_sparse_attention(batch, slots, window):
+  keys = jax.random.split(jax.random.key(slots), 4)
+  arrays = [jax.random.normal(key, (batch, 4, *shape), jnp.bfloat16)
+            for key, shape in zip(keys, ((2, 256), (slots, 128), (slots, 128),
+                                         (slots, 256)))]
+  lengths = jnp.arange(slots - 3, 0, -slots // 9, jnp.int32)[:batch]
+  run = jax.jit(functools.partial(
+      sparse_attention, window=window, top_k=256, logit_softcap=50.0),
+                static_argnames="implementation")
+  y, kept = run(*arrays, lengths, implementation="pallas_gpu")
+  with jax.default_matmul_precision("highest"):
+    expected, count = run(*(a.astype(jnp.float32) for a in arrays), lengths,
+                          implementation="reference")
+  # Scores are summed in another order: a key may fall on the other side.
+  assert np.abs(np.asarray(kept) - np.asarray(count)).max() <= 2
+  assert error(y, expected) < 2e-2
+  again, _ = run(*arrays, lengths, implementation="pallas_gpu")
+  np.testing.assert_array_equal(y, again)
+  assert attention.choose(jax.devices()[0], 256, *arrays) == "pallas_gpu"
+
+
+def test_add_norm():
+  x, y = (jax.random.normal(jax.random.key(i), (3, 2304), jnp.bfloat16)
+          for i in range(2))
+  scales = [jax.random.normal(jax.random.key(i), (2304,)) for i in (2, 3)]
+  for a, b in zip(*(add_norm(x, y, *scales, epsilon=1e-6, implementation=name)
+                    for name in ("pallas_gpu", "xla"))):
+    assert error(a, b) < 5e-3
+
+
+@pytest.mark.parametrize("shape", ["spark", "dense"])
+def test_decoding_attends_by_kernels(monkeypatch, shape):
+  """They draw what the attention that training has draws."""
+  config = ModelConfig(
+      vocab_size=64, context_length=256, num_layers=2, model_dim=512,
+      compute_dtype="bfloat16",
+      ffn=FFNConfig(shape="gated", num_neurons=1024, sparsifier="none"),
+      attention=AttentionConfig(shape=shape, num_query_heads=4, num_kv_heads=2,
+                                head_dim=256, predictor_dim=128, top_k=24,
+                                sliding_window=40, logit_softcap=50.0))
+  params = nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(0))))
+  prompts = [[3, 1, 4, 1, 5], [9], list(range(10, 31)) * 3]
+  drawn = []
+  for expected in ("pallas_gpu", "dense"):
+    decoder = Decoder(config, params)
+    drawn.append(np.array(list(decoder.generate(
+        prompts, 20, Greedy(), jax.random.key(0)))))
+    assert decoder.attention_implementations == [expected] * 2
+    monkeypatch.setattr(decoding, "choose_attention", lambda *_: "dense")
+  # In bfloat16 two near-equal logits may change places; then rows part ways.
+  assert (drawn[0] == drawn[1]).mean() > 0.5
+  np.testing.assert_array_equal(drawn[0][:4], drawn[1][:4])
 
 
 def test_decoding_reads_active_neurons_alone():

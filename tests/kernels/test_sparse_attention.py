@@ -1,5 +1,6 @@
 """The sparse attention kernels against float64, and what they read."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -12,8 +13,8 @@ import pytest
 import scipy.stats
 
 from sparse_lm.config import AttentionConfig
-from sparse_lm.kernels.sparse_attention import (IMPLEMENTATIONS, choose,
-                                                sparse_attention, unsupported)
+from sparse_lm.kernels.sparse_attention import (choose, sparse_attention,
+                                                unsupported)
 from sparse_lm.model.attention import spark_weights, visible
 
 EVERYTHING = 2**30
@@ -189,10 +190,10 @@ def test_the_tpu_kernel(capfd, lengths, window, top_k, dtype):
 
 def test_what_the_tpu_kernel_cannot_take():
   arrays = make(slots=300)
-  assert unsupported("xla", *arrays[2:4]) is None
-  assert "300 slots" in unsupported("pallas_tpu", *arrays[2:4])
-  assert "E - P of 6" in unsupported("pallas_tpu", *make(slots=256)[2:4])
-  with pytest.raises(ValueError, match="'pallas_tpu': 300 slots are not a multiple"):
+  assert unsupported("xla", *arrays[:4]) is None
+  assert "300 slots" in unsupported("pallas_tpu", *arrays[:4])
+  assert "E - P of 6" in unsupported("pallas_tpu", *make(slots=256)[:4])
+  with pytest.raises(ValueError, match="'pallas_tpu': 300 slots are not a"):
     run(arrays, implementation="pallas_tpu")
 
 
@@ -210,9 +211,28 @@ def test_what_does_not_fit_is_refused(change, message):
     sparse_attention(**arguments)
 
 
+@dataclasses.dataclass
+class Device:
+  platform: str
+  compute_capability: str = ""
+
+
+HOPPER, BLACKWELL = Device("gpu", "9.0"), Device("gpu", "10.0")
+
+
+def chosen(device, slots, top_k=256, dtype=jnp.bfloat16, width=128):
+  shapes = ((2, 2 * width), (slots, width), (slots, width), (slots, 2 * width))
+  return choose(device, top_k, *(
+      jax.ShapeDtypeStruct((1, 4, *s), dtype) for s in shapes))
+
+
 def test_it_is_chosen_where_it_was_faster():
-  assert choose("cpu", 4096, 256, 2) in IMPLEMENTATIONS
-  assert choose("cpu", 1024, 32, 2) is None
-  assert choose("cpu", 4096, 1024, 2) is None
-  assert choose("gpu", 4096, 256, 2) is None
-  assert choose("tpu", 4096, 256, 2) is None
+  cpu = Device("cpu")
+  assert chosen(cpu, 4096) == "xla"
+  assert chosen(cpu, 1024, top_k=32) is None
+  assert chosen(cpu, 4096, top_k=1024) is None
+  assert chosen(Device("tpu"), 4096) is None
+  assert chosen(HOPPER, 256) == "pallas_gpu"
+  assert chosen(BLACKWELL, 4096) is None
+  for change in (dict(slots=100), dict(dtype=jnp.float32), dict(width=64)):
+    assert chosen(HOPPER, **dict(slots=4096) | change) is None

@@ -1,0 +1,68 @@
+"""A block laid out for decoding: sums and norms in one place each."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+import jax
+
+from sparse_lm.kernels.add_norm import add_norm
+from sparse_lm.model.cache import LayerCache
+from sparse_lm.model.layers import RMSNorm
+from sparse_lm.model.transformer import Block, Layer, sum_up
+
+# A residual stream, or one and what its next norm has yet to add to it.
+Stream = jax.Array | tuple[jax.Array, jax.Array]
+
+
+class AddNorm(nnx.Module):
+  """Adds a layer's output to the residual stream, norms what the next reads.
+
+  One kernel does both where there is one, so a block leaves its last output to
+  be added by the next.
+  """
+
+  def __init__(self, out_norm: RMSNorm | None, norm: RMSNorm):
+    """Takes over two norms: of what is added, if anything is, and the sum."""
+    self.out_norm, self.norm = out_norm, norm
+
+  def add(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
+    """The stream, all of it added, and its norm: both (B, L, D)."""
+    if not isinstance(stream, tuple):
+      return stream, self.norm(stream)
+    x_BxLxD, y_BxLxD = stream
+    x, norm = add_norm(
+        *(a.reshape(-1, a.shape[-1]) for a in (x_BxLxD, y_BxLxD)),
+        self.out_norm.scale_D[...], self.norm.scale_D[...],
+        epsilon=self.norm.epsilon)
+    return x.reshape(x_BxLxD.shape), norm.reshape(x_BxLxD.shape)
+
+  def __call__(self, stream: Stream) -> jax.Array:
+    return self.add(stream)[1]
+
+
+class DecodingBlock(nnx.Module):
+  """As `Block`, but for where outputs are added."""
+
+  def __init__(self, block: Block, before: RMSNorm | None):
+    """Takes over the parts of `block`.
+
+    Args:
+      block: but for `ffn_out_norm`, which whatever follows applies.
+      before: that of the block before, if there is one.
+    """
+    self.enter = AddNorm(before, block.attention_norm)
+    self.between = AddNorm(block.attention_out_norm, block.ffn_norm)
+    self.attention, self.ffn = block.attention, block.ffn
+
+  def __call__(self, stream: Stream, layer: Layer, positions_BxL: jax.Array,
+               segments_BxL: jax.Array | None, cache: LayerCache | None,
+               measures: Sequence[str]):
+    """As `Block`, of a stream whose last output is not yet added."""
+    x_BxLxD, normed_BxLxD = self.enter.add(stream)
+    y_BxLxD, attended_BxL, visible_BxL, cache = self.attention(
+        normed_BxLxD, positions_BxL, segments_BxL, layer.window, cache)
+    x_BxLxD, normed_BxLxD = self.between.add((x_BxLxD, y_BxLxD))
+    y_BxLxD, neurons = self.ffn(normed_BxLxD, layer.sparse)
+    sums = sum_up(positions_BxL, segments_BxL, attended_BxL, visible_BxL,
+                  neurons, measures)
+    return (x_BxLxD, y_BxLxD), sums, cache

@@ -1,0 +1,138 @@
+"""Dense attention's GPU kernel, interpreted and lowered with no GPU at hand."""
+
+import functools
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.kernels.dense_attention import (choose, unsupported,
+                                               write_and_attend)
+
+VERSION = jax.__version_info__
+interpreted = pytest.mark.skipif(
+    VERSION < (0, 11), reason="needs GPU interpret mode, of jax 0.11")
+# Before jax 0.12 that mode has one thread block.
+LENGTHS, SLOTS, HEADS, GROUP = (
+    ((192, 1, 70), 192, 2, 2) if VERSION >= (0, 12) else ((50,), 64, 1, 1))
+EVERYTHING, E = 2**30, 256
+
+
+def make(lengths=LENGTHS, slots=SLOTS, heads=HEADS, group=GROUP):
+  """A token's rows, their rotary table, a cache, and its lengths."""
+  rng = np.random.default_rng(0)
+  b, n = len(lengths), E // 2
+  rows, key, value = (jnp.array(rng.normal(size=s), jnp.bfloat16) for s in (
+      (b, heads * (group + 2), E), (b, heads, slots, E), (b, heads, slots, E)))
+  angle = (np.array(lengths)[:, None] - 1) * 100.0 ** (-np.arange(n) / n)
+  rotary = jnp.array(np.stack([np.cos(angle), np.sin(angle)], 1), jnp.float32)
+  return [rows, rotary, key, value, jnp.array(lengths, jnp.int32)]
+
+
+def run(arrays, window=EVERYTHING, logit_softcap=0.0):
+  params = plgpu.InterpretGPUParams(detect_races=True)
+  with plgpu.force_gpu_interpret_mode(params):
+    return jax.device_get(write_and_attend(*arrays, window=window,
+                                           logit_softcap=logit_softcap))
+
+
+def formula(arrays, window, logit_softcap):
+  """In float64, by loops; the queries and what is written in bfloat16."""
+  rows, rotary, key, value = (np.array(a, np.float64) for a in arrays[:4])
+  a, b = np.split(rows, 2, -1)
+  cos, sin = (rotary[:, i, None] for i in (0, 1))
+  turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+  turned = np.array(jnp.asarray(turned, jnp.bfloat16), np.float64)
+  heads = key.shape[1]
+  group = rows.shape[1] // heads - 2
+  y = np.zeros((len(rows), heads, group, E))
+  for b, k in np.ndindex(len(rows), heads):
+    length = int(arrays[4][b])
+    if length <= key.shape[2]:
+      key[b, k, length - 1] = turned[b, heads * group + k]
+      value[b, k, length - 1] = rows[b, heads * (group + 1) + k]
+    seen = slice(max(0, length - window), length)
+    for g in range(group):
+      scores = key[b, k, seen] @ turned[b, k * group + g] / np.sqrt(E)
+      if logit_softcap:
+        scores = logit_softcap * np.tanh(scores / logit_softcap)
+      weights = np.exp(scores - scores.max())
+      y[b, k, g] = weights @ value[b, k, seen] / weights.sum()
+  return y, (key, value)
+
+
+@interpreted
+@pytest.mark.parametrize("window, logit_softcap", [
+    (EVERYTHING, 0.0), (40, 2.0), (EVERYTHING, 50.0)])
+def test_against_the_formula(capfd, window, logit_softcap):
+  arrays = make()
+  # Logits of one row's far beyond what exp takes.
+  arrays[0] = arrays[0].at[0, 0].multiply(200.0)
+  y, caches = run(arrays, window, logit_softcap)
+  expected, written = formula(arrays, window, logit_softcap)
+  error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+  assert error < 6e-3 * np.linalg.norm(expected)
+  for cache, x in zip(caches, written):
+    np.testing.assert_allclose(np.asarray(cache, np.float64), x, rtol=2**-7,
+                               atol=1e-5)
+  assert "RACE" not in "".join(capfd.readouterr())
+
+
+@interpreted
+def test_only_visible_keys_matter():
+  arrays = make()
+  expected, _ = run(arrays, 45)
+  slots, lengths = np.arange(SLOTS), np.array(LENGTHS)[:, None]
+  seen = ((slots < lengths) & (slots >= lengths - 45))[:, None, :, None]
+  arrays[2:4] = (jnp.where(seen, a, jnp.nan) for a in arrays[2:4])
+  np.testing.assert_array_equal(run(arrays, 45)[0], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("where", range(4))
+def test_nan_in_nan_out(where):
+  arrays = make((50,), 64, 1, 1)
+  arrays[where] = arrays[where].at[0, 0, ..., 5].set(jnp.nan)
+  assert np.isnan(np.asarray(run(arrays)[0], np.float32)).any()
+
+
+@interpreted
+def test_a_token_beyond_the_slots_is_not_written():
+  arrays = make((65,), 64, 1, 1)
+  y, caches = run(arrays)
+  for cache, before in zip(caches, arrays[2:4]):
+    np.testing.assert_array_equal(cache, before)
+  expected, _ = formula(arrays, EVERYTHING, 0.0)
+  assert np.abs(np.asarray(y, np.float64) - expected).max() < 0.02
+
+
+@pytest.mark.parametrize("batch, slots", [(1, 256), (1, 4096), (8, 1024)])
+def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
+  bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  cache = bf16((batch, 4, slots, E))
+  lowered = jax.jit(functools.partial(
+      write_and_attend, window=4096, logit_softcap=50.0)).trace(
+          bf16((batch, 16, E)),
+          jax.ShapeDtypeStruct((batch, 2, E // 2), jnp.float32), cache, cache,
+          jax.ShapeDtypeStruct((batch,), jnp.int32)).lower(
+              lowering_platforms=("cuda",))
+  assert lowered.as_text().count("@mosaic_gpu") == 2
+
+
+def test_what_it_cannot_serve():
+  def reason(batch=1, group=2, slots=64, width=E, dtype=jnp.bfloat16):
+    return unsupported(*(jax.ShapeDtypeStruct((batch, 4, n, width), dtype)
+                         for n in (group, slots)))
+
+  assert reason() is None
+  assert reason(dtype=jnp.float32) == "needs bfloat16, not float32"
+  assert reason(slots=100) == "100 slots are not a multiple of 64"
+  assert reason(width=64) == "E of 64 is not 128 or 256"
+  assert "not 9 and 65" in reason(batch=65, group=9)
+  x = jnp.zeros((1, 4, 2, E), jnp.bfloat16)
+  assert choose(jax.devices()[0], x, jnp.zeros((1, 4, 64, E), x.dtype)) is None
+  arrays = make((50,), 64, 1, 1)
+  with pytest.raises(ValueError, match="needs bfloat16"):
+    write_and_attend(*(a.astype(jnp.float32) for a in arrays), window=9)
