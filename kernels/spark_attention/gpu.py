@@ -40,13 +40,16 @@ from sparse_lm.kernels.gaussian import quantile
 TILE = 64
 # Warpgroups that compute.
 _COMPUTE = 2
-# 240 and 24 of each thread are all that a multiprocessor has.
-_REGISTERS, _COPY_REGISTERS = 240, 24
+# 232 and 40 of each thread are all that a multiprocessor has.
+_REGISTERS, _COPY_REGISTERS = 232, 40
 # Shared memory for tiles.
 _TILES_BYTES = 224 * 1024
 _MAX_SLOTS = 8
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _LOG2_E = math.log2(math.e)
+# Columns whose elements are computed one after the other. A warpgroup's sums
+# fill half of its registers, scores the rest: little is left between.
+_PART = 8
 # A number for each row of a product, and for each column.
 _ROW, _COLUMN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 # exp2 and log2 to float32's 22 bits. No sum here crosses warps.
@@ -144,15 +147,6 @@ def _places(positions_BxL, segments_BxL, window, heads: int) -> _Places:
   return _Places(token, window[None], _ranges(*by_tile), _ranges(*by_key))
 
 
-def _log2(x):
-  return mosaic_gpu.log2(x)
-
-
-def _soft(y):
-  """log2(1 + 2^y)."""
-  return jnp.maximum(y, 0.0) + _log2(1.0 + jnp.exp2(-jnp.abs(y)))
-
-
 class _Side:
   """Of a kernel, which rows a warpgroup keeps, and which pass by.
 
@@ -202,44 +196,45 @@ class _Side:
     block = lax.div(step, jnp.int32(self._each))
     return (block >= self._whole_first) & (block < self._whole_end)
 
-  def seen(self, step):
-    """The mask (rows, columns) of a step."""
+  def seen(self, step, first: int = 0, count: int = TILE):
+    """The mask (rows, columns) of a step, or of some of its columns."""
     at_row, at_column = self.rows()[-1], self.columns(step)[-1]
+    at_column = pl.ds(at_column.start + first, count)
     (row, row_segment), (column, column_segment) = (
         [_spread(mosaic_gpu.load(self._places.token.at[i, self.b, at], layout,
-                                 optimized=False), axis) for i in range(2)]
+                                 optimized=False), axis, count)
+         for i in range(2)]
         for axis, (at, layout) in enumerate(
             ((at_row, _ROW), (at_column, _COLUMN))))
     distance = row - column if self.over_keys else column - row
     return ((distance >= 0) & (distance < self._places.window[0])
             & (row_segment == column_segment))
 
-  def vector(self, gmem, step):
-    """A number for each query, spread over a product of tiles."""
-    at, layout, axis = ((self.rows(), _ROW, 0) if self.over_keys else
-                        (self.columns(step), _COLUMN, 1))
-    return _spread(mosaic_gpu.load(gmem.at[at], layout, optimized=False), axis)
 
-
-def _spread(x, axis: int):
+def _spread(x, axis: int, columns: int = TILE):
   """Of rows (axis 0) or columns (axis 1) over a product of two tiles."""
-  return lax.broadcast_in_dim(x, (TILE, TILE), (axis,))
+  return lax.broadcast_in_dim(x, (TILE, columns), (axis,))
 
 
 class _Ring:
-  """Tiles in shared memory, of `streams` arrays in turn.
+  """Tiles in shared memory, of a few arrays in turn, and their numbers.
 
-  Tile n is of array n % streams. It is there from `wait` to `release`.
+  Tile n is of array n % arrays. It is there from `wait` to `release`. The
+  numbers of a step are there until the next step's first release.
   """
 
-  def __init__(self, slots, full, free):
+  def __init__(self, slots, full, free, numbers=None, numbers_full=None):
     self._slots, self._full, self._free = slots, full, free
+    self._numbers, self._numbers_full = numbers, numbers_full
     self._count = slots.shape[0]
 
-  def fill(self, gmems, side: _Side) -> None:
+  def fill(self, gmems, numbers_gmem, side: _Side) -> None:
     """Copies every step's tiles as slots become free."""
+    width = pl.ds(0, self._slots.shape[-1])
+
     @pl.loop(side.first, side.end)
     def _(step):
+      at = side.columns(step)
       for i, gmem in enumerate(gmems):
         n = (step - side.first) * len(gmems) + i
         slot = lax.rem(n, jnp.int32(self._count))
@@ -248,10 +243,16 @@ class _Ring:
         def _():
           plgpu.barrier_wait(self._free.at[slot])
 
-        width = self._slots.shape[-1]
-        plgpu.copy_gmem_to_smem(
-            gmem.at[(*side.columns(step), pl.ds(0, width))],
-            self._slots.at[slot], self._full.at[slot])
+        if self._numbers is not None and i == len(gmems) - 1:
+          turn = self._turn(step - side.first)
+          plgpu.copy_gmem_to_smem(
+              numbers_gmem.at[(*at[:-1], slice(None), at[-1])],
+              self._numbers.at[turn], self._numbers_full.at[turn])
+        plgpu.copy_gmem_to_smem(gmem.at[(*at, width)], self._slots.at[slot],
+                                self._full.at[slot])
+
+  def _turn(self, i):
+    return lax.rem(i, jnp.int32(self._numbers.shape[0]))
 
   def wait(self, n):
     slot = lax.rem(n, jnp.int32(self._count))
@@ -261,30 +262,74 @@ class _Ring:
   def release(self, n) -> None:
     plgpu.barrier_arrive(self._free.at[lax.rem(n, jnp.int32(self._count))])
 
-
-def _transposed(ref):
-  return plgpu.transpose_ref(ref, (1, 0))
-
-
-def _product(x, y, dims):
-  """x y' over some dims: (64, 64) in float32."""
-  def multiply(accumulator):
-    plgpu.wgmma(accumulator, x.at[:, dims], _transposed(y.at[:, dims]))
-    return accumulator[...]
-
-  return pl.run_scoped(multiply, plgpu.ACC((TILE, TILE), jnp.float32))
+  def numbers(self, i):
+    """Those of the i-th step: calling it with j reads the j-th."""
+    turn = self._turn(i)
+    plgpu.barrier_wait(self._numbers_full.at[turn])
+    return lambda j: _spread(
+        mosaic_gpu.load(self._numbers.at[turn, j], _COLUMN), 1)
 
 
-def _add_product(total, x, y):
-  """total + x y, with x in registers."""
-  def multiply(accumulator):
-    plgpu.wgmma(accumulator, x.astype(jnp.bfloat16), y)
+class _Work:
+  """What a warpgroup that computes has.
 
-  return pl.run_state(multiply)(plgpu.ACC.init(total))
+  Attributes:
+    side: `_Side`.
+    tiles: of the arrays whose rows it keeps.
+    results: the outputs' references.
+  """
+
+  def __init__(self, side: _Side, ring: _Ring, tiles, numbers_gmem, count: int,
+               results):
+    self.side, self._ring, self.tiles, self.results = side, ring, tiles, results
+    if side.over_keys:
+      *at, rows = side.rows()
+      self._numbers = [
+          mosaic_gpu.load(numbers_gmem.at[(*at, i, rows)], _ROW,
+                          optimized=False) for i in range(count)]
+
+  def loop(self, arrays: int, body, start):
+    """body(step, wait, release, carry), with `arrays` tiles at each step."""
+    def step(i, carry):
+      n = arrays * (i - self.side.first)
+      return body(i, lambda j: self._ring.wait(n + j),
+                  lambda j: self._ring.release(n + j), carry)
+
+    return lax.fori_loop(self.side.first, self.side.end, step, start)
+
+  def numbers(self, step):
+    """The queries': calling it with j gives the j-th, over the product."""
+    if self.side.over_keys:
+      return lambda j: _spread(self._numbers[j], 0)
+    return self._ring.numbers(step - self.side.first)
+
+  def write(self, columns, values) -> None:
+    """Replaces columns of the first tile."""
+    self.tiles[0][:, columns] = values.astype(jnp.bfloat16)
+
+  def send(self) -> None:
+    """Copies the first tile to the first output."""
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(self.tiles[0],
+                            self.results[0].at[self.side.rows()])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _zeros(shape, layout):
-  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+def _multiply(*products):
+  """x y' of each pair, (64, 64) in float32."""
+  def multiply(*accumulators):
+    for accumulator, (x, y) in zip(accumulators, products):
+      plgpu.wgmma(accumulator, x, plgpu.transpose_ref(y, (1, 0)))
+    plgpu.wgmma_wait(0)
+    return [accumulator[...] for accumulator in accumulators]
+
+  return pl.run_scoped(multiply, *[plgpu.ACC((TILE, TILE), jnp.float32)
+                                   for _ in products])
+
+
+def _zeros():
+  """A number for each row."""
+  return plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), _ROW)
 
 
 class _Scores:
@@ -292,220 +337,237 @@ class _Scores:
 
   def __init__(self, spec: _Spec, width: int):
     self.spec = spec
-    self.predict = pl.ds(0, spec.predictor_dim)
-    self.rest = pl.ds(spec.predictor_dim, width - spec.predictor_dim)
-    self.scale_1 = spec.predictor_dim**-0.5
-    self.scale_2 = (width - spec.predictor_dim)**-0.5
+    self.widths = spec.predictor_dim, width - spec.predictor_dim
+    self.predict, self.rest = (pl.ds(first, size) for first, size in zip(
+        (0, spec.predictor_dim), self.widths))
+    self.scales = [size**-0.5 for size in self.widths]
 
-  def products(self, rows, columns):
-    """Both scores, unscaled."""
-    def multiply(*accumulators):
-      for accumulator, dims in zip(accumulators, (self.predict, self.rest)):
-        plgpu.wgmma(accumulator, rows.at[:, dims],
-                    _transposed(columns.at[:, dims]))
-      return [accumulator[...] for accumulator in accumulators]
+  def masked(self, x, work: _Work, step):
+    """Scores 1, -inf where a key is not seen."""
+    def mask(x):
+      parts = iter(range(0, TILE, _PART))
+      return _by_parts(lambda _, x: ((), jnp.where(
+          work.side.seen(step, next(parts), _PART), x, -jnp.inf)), x)[1]
 
-    shape = plgpu.ACC((TILE, TILE), jnp.float32)
-    return pl.run_scoped(multiply, shape, shape)
+    return lax.cond(work.side.is_whole(step), lambda x: x, mask, x)
 
-  def softmax(self, x, floor, shift, side, step):
-    """p, which keys are kept, and tanh where there is a cap."""
-    x = lax.cond(side.is_whole(step), lambda x: x,
-                 lambda x: jnp.where(side.seen(step), x, -jnp.inf), x)
-    kept = x >= floor
-    tanh = None
-    if self.spec.softcap:
-      # From exponentials: the hardware's tanh has 11 bits.
-      twice = 2 * _LOG2_E * self.scale_1 / self.spec.softcap
-      tanh = 1.0 - 2.0 * jnp.exp2(-_log2(1.0 + jnp.exp2(x * twice)))
-      exponent = tanh * (self.spec.softcap * _LOG2_E)
-    else:
-      exponent = x * (self.scale_1 * _LOG2_E)
-    return jnp.where(kept, jnp.exp2(exponent - shift), 0.0), kept, tanh
+  def softmax(self, x, floor, shift):
+    """p of masked scores 1, and tanh where there is a cap."""
+    x = jnp.where(x >= floor, x, -jnp.inf)
+    cap, scale = self.spec.softcap, self.scales[0] * _LOG2_E
+    if not cap:
+      return jnp.exp2(x * scale - shift), None
+    # From exponentials: the hardware's tanh has 11 bits.
+    tanh = 1.0 - 2.0 * jnp.exp2(-mosaic_gpu.log2(
+        1.0 + jnp.exp2(x * (2 * scale / cap))))
+    p = jnp.exp2(tanh * (cap * _LOG2_E) - shift)
+    return jnp.where(x > -jnp.inf, p, 0.0), tanh
 
   def gate(self, x):
-    """s2 in base 2, and softplus of it."""
-    y = x * (self.scale_2 * _LOG2_E)
-    return y, _soft(y)
+    """Scores 2 in base 2, and softplus of them."""
+    y = x * (self.scales[1] * _LOG2_E)
+    soft = mosaic_gpu.log2(1.0 + jnp.exp2(-jnp.abs(y)))
+    return y, jnp.maximum(y, 0.0) + soft
 
 
-def _measure(side, ring, rows_smem, center_gmem, out_gmems):
+def _by_parts(f, *arrays, carry=()):
+  """Applies f(carry, *parts of columns), which returns a carry and results."""
+  results = []
+  for first in range(0, TILE, _PART):
+    carry, *part = f(carry, *(lax.slice(x, (0, first), (TILE, first + _PART))
+                              for x in arrays))
+    results.append(part)
+  return carry, *(lax.concatenate(parts, 1) for parts in zip(*results))
+
+
+def _accumulate(total, x, y) -> None:
+  """Starts total += x y, with x in registers."""
+  plgpu.wgmma(total, x, y)
+
+
+def _measure(work: _Work) -> None:
   """Sums of scores and squares about the center, the best, how many seen."""
-  center = side.vector(center_gmem, None)
+  side, (rows,) = work.side, work.tiles
 
-  def step(i, carry):
-    total, squares, best, visible = carry
-    tile = ring.wait(i - side.first)
-    x = _product(rows_smem, tile, pl.ds(0, rows_smem.shape[1]))
-    ring.release(i - side.first)
+  def step(i, wait, release, carry):
+    x, = _multiply((rows, wait(0)))
+    release(0)
+    off = x - work.numbers(i)(0)
 
-    def whole(x):
-      off = x - center
+    def whole(x, off):
       return (off.sum(1), (off * off).sum(1), x.max(1),
               plgpu.layout_cast(jnp.full((TILE,), float(TILE)), _ROW))
 
-    def part(x):
+    def part(x, off):
       seen = side.seen(i)
-      off = jnp.where(seen, x - center, 0.0)
+      off = jnp.where(seen, off, 0.0)
       return (off.sum(1), (off * off).sum(1),
               jnp.where(seen, x, -jnp.inf).max(1),
               jnp.where(seen, 1.0, 0.0).sum(1))
 
-    a, b, c, d = lax.cond(side.is_whole(i), whole, part, x)
-    return total + a, squares + b, jnp.maximum(best, c), visible + d
+    total, squares, best, visible = lax.cond(side.is_whole(i), whole, part, x,
+                                             off)
+    return (carry[0] + total, carry[1] + squares, jnp.maximum(carry[2], best),
+            carry[3] + visible)
 
-  zero = _zeros((TILE,), _ROW)
-  results = lax.fori_loop(side.first, side.end, step,
-                          (zero, zero, zero - jnp.inf, zero))
-  for gmem, x in zip(out_gmems, results):
+  zero = _zeros()
+  sums = work.loop(1, step, (zero, zero, zero - jnp.inf, zero))
+  for gmem, x in zip(work.results, sums):
     mosaic_gpu.store(gmem.at[side.rows()], x)
 
 
-def _mix(scores, side, ring, rows_smem, vectors, result):
-  """Weights times what passes by: a query's values, a value's gradient.
+def _mix(scores: _Scores, work: _Work) -> None:
+  """Weights times what passes by: a query's values, a value's gradient."""
+  (rows,), over_keys = work.tiles, work.side.over_keys
 
-  Args:
-    scores: `_Scores`.
-    side: `_Side`.
-    ring: tiles of keys and values; or of queries and the result's gradient.
-    rows_smem: the queries, or the keys.
-    vectors: floor and shift of each query.
-    result: called with the sums, the softmax's sum, how many keys are kept.
-  """
-  over_keys = side.over_keys
+  def run(mixed):
+    def step(i, wait, release, sums):
+      columns = wait(0)
+      x_1, x_2 = _multiply(*((rows.at[:, dims], columns.at[:, dims])
+                             for dims in (scores.predict, scores.rest)))
+      release(0)
+      numbers = work.numbers(i)
 
-  def step(i, carry):
-    n = 2 * (i - side.first)
-    mixed, *sums = carry
-    x_1, x_2 = scores.products(rows_smem, ring.wait(n))
-    ring.release(n)
-    floor, shift = (side.vector(gmem, i) for gmem in vectors)
-    p, kept, _ = scores.softmax(x_1, floor, shift, side, i)
-    _, gate = scores.gate(x_2)
-    if over_keys:
-      sums = [sums[0] + p.sum(1), sums[1] + jnp.where(kept, 1.0, 0.0).sum(1)]
-    mixed = _add_product(mixed, p * gate, ring.wait(n + 1))
-    ring.release(n + 1)
-    return mixed, *sums
+      def part(sums, x_1, x_2, floor, shift):
+        p, _ = scores.softmax(x_1, floor, shift)
+        if over_keys:
+          sums = sums[0] + p, sums[1] + jnp.where(p > 0.0, 1.0, 0.0)
+        return sums, (p * scores.gate(x_2)[1]).astype(jnp.bfloat16)
 
-  start = [_zeros(rows_smem.shape, plgpu.Layout.WGMMA)]
+      sums, weights = _by_parts(part, scores.masked(x_1, work, i), x_2,
+                                numbers(0), numbers(1), carry=sums)
+      _accumulate(mixed, weights, wait(1))
+      plgpu.wgmma_wait(0)
+      release(1)
+      return sums
+
+    zero = plgpu.layout_cast(jnp.zeros((TILE, _PART), jnp.float32),
+                             plgpu.Layout.WGMMA)
+    sums = work.loop(2, step, (zero, zero) if over_keys else ())
+    return mixed[...], *(x.sum(1) for x in sums)
+
+  mixed, *sums = pl.run_scoped(run, plgpu.ACC(rows.shape, jnp.float32))
+  mixed *= 1 / _LOG2_E
   if over_keys:
-    start += [_zeros((TILE,), _ROW)] * 2
-  result(*lax.fori_loop(side.first, side.end, step, tuple(start)))
+    mixed /= lax.broadcast_in_dim(sums[0], mixed.shape, (0,))
+    for gmem, x in zip(work.results[1:], sums):
+      mosaic_gpu.store(gmem.at[work.side.rows()], x)
+  work.write(slice(None), mixed)
+  work.send()
 
 
-def _pull(scores, side, ring, rows_smem, other_smem, vectors):
-  """The gradient of queries or keys, still in unscaled parts.
+def _pull(scores: _Scores, work: _Work) -> None:
+  """The gradient of queries, or of keys."""
+  rows, other = work.tiles
+  predict, rest = scores.predict, scores.rest
 
-  Args:
-    scores: `_Scores`.
-    side: `_Side`.
-    ring: tiles of keys and values; or of queries and the result's gradient.
-    rows_smem: the queries, or the keys.
-    other_smem: the result's gradient, or the values.
-    vectors: floor, shift and inner of each query.
-  """
-  width = rows_smem.shape[1]
+  def run(d_1, d_2):
+    def step(i, wait, release, carry):
+      columns = wait(0)
+      x_1, x_2 = _multiply(*((rows.at[:, dims], columns.at[:, dims])
+                             for dims in (predict, rest)))
+      numbers = work.numbers(i)
 
-  def step(i, carry):
-    n = 2 * (i - side.first)
-    d_1, d_2 = carry
-    tile = ring.wait(n)
-    x_1, x_2 = scores.products(rows_smem, tile)
-    floor, shift, inner = (side.vector(gmem, i) for gmem in vectors)
-    other = ring.wait(n + 1)
-    a = _product(other_smem, other, pl.ds(0, width))
-    ring.release(n + 1)
-    p, _, tanh = scores.softmax(x_1, floor, shift, side, i)
-    y, gate = scores.gate(x_2)
-    to_1 = p * (gate * a - inner)
-    if tanh is not None:
-      to_1 *= 1.0 - tanh * tanh
-    # 2^(y - gate) is the slope of softplus, a sigmoid.
-    to_2 = p * a * jnp.exp2(y - gate)
-    d_1 = _add_product(d_1, to_1, tile.at[:, scores.predict])
-    d_2 = _add_product(d_2, to_2, tile.at[:, scores.rest])
-    ring.release(n)
-    return d_1, d_2
+      def weigh(carry, *inputs):
+        p, tanh = scores.softmax(*inputs)
+        slope = () if tanh is None else (p * (1.0 - tanh * tanh),)
+        return carry, *(x.astype(jnp.bfloat16) for x in (p, *slope))
 
-  predict = scores.spec.predictor_dim
-  d_1, d_2 = lax.fori_loop(side.first, side.end, step, tuple(
-      _zeros((TILE, columns), plgpu.Layout.WGMMA)
-      for columns in (predict, width - predict)))
-  rows_smem[:, scores.predict] = (
-      d_1 * (scores.scale_1 / _LOG2_E)).astype(jnp.bfloat16)
-  rows_smem[:, scores.rest] = (d_2 * scores.scale_2).astype(jnp.bfloat16)
+      # To 8 bits, as what is made of them will be: they wait in registers.
+      _, p, *slope = _by_parts(weigh, scores.masked(x_1, work, i), numbers(0),
+                               numbers(1))
+      a, = _multiply((other, wait(1)))
+      release(1)
 
+      def part(carry, x_2, a, inner, p, slope):
+        y, gate = scores.gate(x_2)
+        p, slope = p.astype(jnp.float32), slope.astype(jnp.float32)
+        # 2^(y - gate) is the slope of softplus, a sigmoid.
+        parts = slope * (gate * a - inner), p * a * jnp.exp2(y - gate)
+        return carry, *(x.astype(jnp.bfloat16) for x in parts)
 
-def _send(smem, gmem) -> None:
-  """Copies a warpgroup's results out."""
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(smem, gmem)
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      _, to_1, to_2 = _by_parts(part, x_2, a, numbers(2), p, *(slope or [p]))
+      _accumulate(d_1, to_1, columns.at[:, predict])
+      _accumulate(d_2, to_2, columns.at[:, rest])
+      plgpu.wgmma_wait(0)
+      release(0)
+      return carry
+
+    work.loop(2, step, ())
+    return d_1[...], d_2[...]
+
+  d_1, d_2 = pl.run_scoped(run, *[plgpu.ACC((TILE, width), jnp.float32)
+                                  for width in scores.widths])
+  work.write(predict, d_1 * (scores.scales[0] / _LOG2_E))
+  work.write(rest, d_2 * scores.scales[1])
+  work.send()
 
 
-def _kernel(compute, over_keys: bool, places: _Places, rows, passing, vectors,
+def _kernel(compute, over_keys: bool, places: _Places, rows, passing, numbers,
             out_type, width: int):
   """Runs a kernel of the form that all have.
 
   Args:
-    compute: (side, ring, rows' tiles, vectors, outputs), for a warpgroup.
+    compute: called with a warpgroup's `_Work`.
     over_keys: as `_Side` has it.
     places: of the tokens.
     rows: arrays of which a warpgroup keeps a tile.
     passing: arrays whose tiles pass by.
-    vectors: numbers (B, K, G, L) of each query.
+    numbers: of each query, in float32.
     out_type: the outputs' types.
     width: columns of the arrays that are read, from the first.
   """
-  queries = rows[0] if over_keys else passing[0]
-  b, k, heads, length, _ = queries.shape
-  tile_bytes = 2 * TILE * width
-  slots = min(_TILES_BYTES // tile_bytes - _COMPUTE * len(rows), _MAX_SLOTS)
+  b, k, heads, length, _ = (rows if over_keys else passing)[0].shape
+  numbers = jnp.stack(numbers, -2)
+  count = numbers.shape[-2]
+  slots = min(_TILES_BYTES // (2 * TILE * width) - _COMPUTE * len(rows),
+              _MAX_SLOTS)
+  turns = slots // len(passing) + 1
   tile = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16,
                            transforms=_SWIZZLED)
   scratch = dict(
-      kept=[tile((_COMPUTE, TILE, width)) for _ in rows],
-      slots=tile((slots, TILE, width)),
-      kept_barrier=plgpu.Barrier(num_arrivals=len(rows),
-                                 num_barriers=_COMPUTE),
-      full=plgpu.Barrier(num_barriers=slots),
-      free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots))
-  counts = len(rows), len(passing), len(vectors), 4
+      tiles=[tile((_COMPUTE, TILE, width)) for _ in rows],
+      here=plgpu.Barrier(num_arrivals=len(rows), num_barriers=_COMPUTE),
+      ring=dict(slots=tile((slots, TILE, width)),
+                full=plgpu.Barrier(num_barriers=slots),
+                free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots)))
+  if not over_keys:
+    scratch["ring"] |= dict(
+        numbers=plgpu.SMEM((turns, count, TILE), jnp.float32),
+        numbers_full=plgpu.Barrier(num_barriers=turns))
+  sizes = [len(rows), len(passing), 1, 4]
 
-  def body(*refs, kept, slots, kept_barrier, full, free):
-    parts, at = [], 0
-    for count in counts:
-      parts.append(refs[at:at + count])
-      at += count
-    row_gmems, passing_gmems, vector_gmems, place_gmems = parts
+  def body(*refs, tiles, here, ring):
+    refs = iter(refs)
+    row_gmems, passing_gmems, (numbers_gmem,), place_gmems = (
+        [next(refs) for _ in range(size)] for size in sizes)
     side = _Side(over_keys, heads, _Places(*place_gmems))
-    ring = _Ring(slots, full, free)
+    ring = _Ring(**ring)
 
     @pl.when(side.warpgroup < _COMPUTE)
     def _():
       plgpu.set_max_registers(_REGISTERS, action="increase")
-      tiles = [smem.at[side.warpgroup] for smem in kept]
-      barrier = kept_barrier.at[side.warpgroup]
-      for gmem, smem in zip(row_gmems, tiles):
+      own, barrier = ([x.at[side.warpgroup] for x in tiles],
+                      here.at[side.warpgroup])
+      for gmem, smem in zip(row_gmems, own):
         plgpu.copy_gmem_to_smem(gmem.at[(*side.rows(), pl.ds(0, width))], smem,
                                 barrier)
       plgpu.barrier_wait(barrier)
-      compute(side, ring, tiles, vector_gmems, refs[at:])
+      compute(_Work(side, ring, own, numbers_gmem, count, list(refs)))
 
     @pl.when(side.warpgroup == _COMPUTE)
     def _():
       plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
-      ring.fill(passing_gmems, side)
+      ring.fill(passing_gmems, numbers_gmem, side)
 
-  tiles = length // TILE * (heads if over_keys else 1)
-  grid = dict(pair=tiles // _COMPUTE, sequence=b, head=k)
+  pairs = length // TILE * (heads if over_keys else 1) // _COMPUTE
+  grid = dict(pair=pairs, sequence=b, head=k)
   return plgpu.kernel(
       body, out_type=out_type, grid=tuple(grid.values()),
       grid_names=tuple(grid), num_threads=_COMPUTE + 1,
       thread_name="warpgroup", scratch_types=scratch,
       compiler_params=_PARAMS)(
-          *rows, *passing, *vectors, places.token, places.window, places.keys,
+          *rows, *passing, numbers, places.token, places.window, places.keys,
           places.queries)
 
 
@@ -516,12 +578,9 @@ def _statistics(query, key, places: _Places, spec: _Spec):
   center = jnp.einsum("bkgle,bke->bkgl", query_1, key_1.mean(2),
                       precision="highest")
 
-  def compute(side, ring, tiles, vectors, outs):
-    _measure(side, ring, tiles[0], vectors[0], outs)
-
   number = jax.ShapeDtypeStruct(center.shape, jnp.float32)
   total, squares, best, count = _kernel(
-      compute, True, places, (query,), (key,), (center,), (number,) * 4, p)
+      _measure, True, places, (query,), (key,), (center,), (number,) * 4, p)
   visible = count[:, 0, 0].astype(jnp.int32)
   table = jnp.asarray(quantile(spec.top_k, np.arange(key.shape[2] + 1)),
                       jnp.float32)
@@ -544,25 +603,12 @@ def _forward(query, key, value, places, spec):
   if spec.softcap:
     shift = spec.softcap * jnp.tanh(shift / spec.softcap)
   shift *= _LOG2_E
-  scores = _Scores(spec, query.shape[-1])
-
-  def compute(side, ring, tiles, vectors, outs):
-    rows, (out_gmem, sum_gmem, count_gmem) = tiles[0], outs
-
-    def result(mixed, normalizer, count):
-      factor = lax.broadcast_in_dim(normalizer * _LOG2_E, mixed.shape, (0,))
-      rows[...] = (mixed / factor).astype(jnp.bfloat16)
-      mosaic_gpu.store(sum_gmem.at[side.rows()], normalizer)
-      mosaic_gpu.store(count_gmem.at[side.rows()], count)
-      _send(rows, out_gmem.at[side.rows()])
-
-    _mix(scores, side, ring, rows, vectors, result)
-
+  width = query.shape[-1]
   number = jax.ShapeDtypeStruct(floor.shape, jnp.float32)
   out, normalizer, count = _kernel(
-      compute, True, places, (query,), (key, value), (floor, shift),
-      (jax.ShapeDtypeStruct(query.shape, query.dtype), number, number),
-      query.shape[-1])
+      functools.partial(_mix, _Scores(spec, width)), True, places, (query,),
+      (key, value), (floor, shift),
+      (jax.ShapeDtypeStruct(query.shape, query.dtype), number, number), width)
   log_sum = shift + jnp.log2(normalizer)
   return (out, count.mean((1, 2)), visible), (floor, log_sum)
 
@@ -585,26 +631,14 @@ def _attend_bwd(spec, residuals, gradients):
                      ).sum(-1)
   scores = _Scores(spec, width)
 
-  def pull(side, ring, tiles, vectors, outs):
-    _pull(scores, side, ring, *tiles, vectors)
-    _send(tiles[0], outs[0].at[side.rows()])
-
-  def mix(side, ring, tiles, vectors, outs):
-    def result(mixed):
-      tiles[0][...] = (mixed * (1 / _LOG2_E)).astype(jnp.bfloat16)
-      _send(tiles[0], outs[0].at[side.rows()])
-
-    _mix(scores, side, ring, tiles[0], vectors, result)
-
-  def run(compute, over_keys, rows, passing, vectors):
-    out_type = (jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype),)
-    return _kernel(compute, over_keys, places, rows, passing, vectors,
-                   out_type, width)[0]
+  def run(compute, over_keys, rows, passing, numbers):
+    return _kernel(functools.partial(compute, scores), over_keys, places, rows,
+                   passing, numbers, jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype), width)
 
   statistics = floor, log_sum
-  d_query = run(pull, True, (query, d_out), (key, value), (*statistics, inner))
-  d_key = run(pull, False, (key, value), (query, d_out), (*statistics, inner))
-  d_value = run(mix, False, (key,), (query, d_out), statistics)
+  d_query = run(_pull, True, (query, d_out), (key, value), (*statistics, inner))
+  d_key = run(_pull, False, (key, value), (query, d_out), (*statistics, inner))
+  d_value = run(_mix, False, (key,), (query, d_out), statistics)
   return d_query, d_key, d_value, None
 
 
