@@ -40,8 +40,8 @@ from sparse_lm.kernels.gaussian import quantile
 TILE = 64
 # Warpgroups that compute.
 _COMPUTE = 2
-# 232 and 40 of each thread are all that a multiprocessor has.
-_REGISTERS, _COPY_REGISTERS = 232, 40
+# 240 and 24 of each thread are all that a multiprocessor has.
+_REGISTERS, _COPY_REGISTERS = 240, 24
 # Shared memory for tiles.
 _TILES_BYTES = 224 * 1024
 _MAX_SLOTS = 8
@@ -275,18 +275,27 @@ class _Work:
 
   Attributes:
     side: `_Side`.
-    tiles: of the arrays whose rows it keeps.
     results: the outputs' references.
   """
 
   def __init__(self, side: _Side, ring: _Ring, tiles, numbers_gmem, count: int,
                results):
-    self.side, self._ring, self.tiles, self.results = side, ring, tiles, results
+    self.side, self._ring, self._tiles = side, ring, tiles
+    self.results, self.shape = results, tiles[0].shape[1:]
     if side.over_keys:
       *at, rows = side.rows()
       self._numbers = [
           mosaic_gpu.load(numbers_gmem.at[(*at, i, rows)], _ROW,
                           optimized=False) for i in range(count)]
+
+  def tiles(self, step) -> list:
+    """Those that it keeps.
+
+    They look as if they were others at each step. Or else the compiler finds
+    every product's addresses before the loop, and no registers for them.
+    """
+    number = lax.min(self.side.warpgroup, step + 1)
+    return [x.at[number] for x in self._tiles]
 
   def loop(self, arrays: int, body, start):
     """body(step, wait, release, carry), with `arrays` tiles at each step."""
@@ -305,12 +314,12 @@ class _Work:
 
   def write(self, columns, values) -> None:
     """Replaces columns of the first tile."""
-    self.tiles[0][:, columns] = values.astype(jnp.bfloat16)
+    self._tiles[0].at[self.side.warpgroup][:, columns] = values.astype(jnp.bfloat16)
 
   def send(self) -> None:
     """Copies the first tile to the first output."""
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(self.tiles[0],
+    plgpu.copy_smem_to_gmem(self._tiles[0].at[self.side.warpgroup],
                             self.results[0].at[self.side.rows()])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -387,9 +396,10 @@ def _accumulate(total, x, y) -> None:
 
 def _measure(work: _Work) -> None:
   """Sums of scores and squares about the center, the best, how many seen."""
-  side, (rows,) = work.side, work.tiles
+  side = work.side
 
   def step(i, wait, release, carry):
+    rows, = work.tiles(i)
     x, = _multiply((rows, wait(0)))
     release(0)
     off = x - work.numbers(i)(0)
@@ -418,10 +428,11 @@ def _measure(work: _Work) -> None:
 
 def _mix(scores: _Scores, work: _Work) -> None:
   """Weights times what passes by: a query's values, a value's gradient."""
-  (rows,), over_keys = work.tiles, work.side.over_keys
+  over_keys = work.side.over_keys
 
   def run(mixed):
     def step(i, wait, release, sums):
+      rows, = work.tiles(i)
       columns = wait(0)
       x_1, x_2 = _multiply(*((rows.at[:, dims], columns.at[:, dims])
                              for dims in (scores.predict, scores.rest)))
@@ -446,7 +457,7 @@ def _mix(scores: _Scores, work: _Work) -> None:
     sums = work.loop(2, step, (zero, zero) if over_keys else ())
     return mixed[...], *(x.sum(1) for x in sums)
 
-  mixed, *sums = pl.run_scoped(run, plgpu.ACC(rows.shape, jnp.float32))
+  mixed, *sums = pl.run_scoped(run, plgpu.ACC(work.shape, jnp.float32))
   mixed *= 1 / _LOG2_E
   if over_keys:
     mixed /= lax.broadcast_in_dim(sums[0], mixed.shape, (0,))
@@ -458,11 +469,11 @@ def _mix(scores: _Scores, work: _Work) -> None:
 
 def _pull(scores: _Scores, work: _Work) -> None:
   """The gradient of queries, or of keys."""
-  rows, other = work.tiles
   predict, rest = scores.predict, scores.rest
 
   def run(d_1, d_2):
     def step(i, wait, release, carry):
+      rows, other = work.tiles(i)
       columns = wait(0)
       x_1, x_2 = _multiply(*((rows.at[:, dims], columns.at[:, dims])
                              for dims in (predict, rest)))
@@ -547,13 +558,12 @@ def _kernel(compute, over_keys: bool, places: _Places, rows, passing, numbers,
     @pl.when(side.warpgroup < _COMPUTE)
     def _():
       plgpu.set_max_registers(_REGISTERS, action="increase")
-      own, barrier = ([x.at[side.warpgroup] for x in tiles],
-                      here.at[side.warpgroup])
-      for gmem, smem in zip(row_gmems, own):
-        plgpu.copy_gmem_to_smem(gmem.at[(*side.rows(), pl.ds(0, width))], smem,
-                                barrier)
+      barrier = here.at[side.warpgroup]
+      for gmem, smem in zip(row_gmems, tiles):
+        plgpu.copy_gmem_to_smem(gmem.at[(*side.rows(), pl.ds(0, width))],
+                                smem.at[side.warpgroup], barrier)
       plgpu.barrier_wait(barrier)
-      compute(_Work(side, ring, own, numbers_gmem, count, list(refs)))
+      compute(_Work(side, ring, tiles, numbers_gmem, count, list(refs)))
 
     @pl.when(side.warpgroup == _COMPUTE)
     def _():
