@@ -361,21 +361,21 @@ class _Scores:
     return lax.cond(work.side.is_whole(step), lambda x: x, mask, x)
 
   def softmax(self, x, floor, shift):
-    """p of masked scores 1, and tanh where there is a cap."""
-    x = jnp.where(x >= floor, x, -jnp.inf)
+    """p of masked scores 1, 1.0 for keys that are kept, tanh under a cap."""
+    kept = jnp.where(x >= floor, 1.0, 0.0)
     cap, scale = self.spec.softcap, self.scales[0] * _LOG2_E
-    if not cap:
-      return jnp.exp2(x * scale - shift), None
-    # From exponentials: the hardware's tanh has 11 bits.
-    tanh = 1.0 - 2.0 * jnp.exp2(-mosaic_gpu.log2(
-        1.0 + jnp.exp2(x * (2 * scale / cap))))
-    p = jnp.exp2(tanh * (cap * _LOG2_E) - shift)
-    return jnp.where(x > -jnp.inf, p, 0.0), tanh
+    tanh = None
+    if cap:
+      # From exponentials: the hardware's tanh has 11 bits.
+      tanh = 1.0 - 2.0 * jnp.exp2(-mosaic_gpu.log2(
+          1.0 + jnp.exp2(x * (2 * scale / cap))))
+      x, scale = tanh, cap * _LOG2_E
+    return kept * jnp.exp2(x * scale - shift), kept, tanh
 
   def gate(self, x):
     """Scores 2 in base 2, and softplus of them."""
     y = x * (self.scales[1] * _LOG2_E)
-    soft = mosaic_gpu.log2(1.0 + jnp.exp2(-jnp.abs(y)))
+    soft = mosaic_gpu.log2(1.0 + jnp.exp2(jnp.minimum(y, -y)))
     return y, jnp.maximum(y, 0.0) + soft
 
 
@@ -440,9 +440,9 @@ def _mix(scores: _Scores, work: _Work) -> None:
       numbers = work.numbers(i)
 
       def part(sums, x_1, x_2, floor, shift):
-        p, _ = scores.softmax(x_1, floor, shift)
+        p, kept, _ = scores.softmax(x_1, floor, shift)
         if over_keys:
-          sums = sums[0] + p, sums[1] + jnp.where(p > 0.0, 1.0, 0.0)
+          sums = sums[0] + p, sums[1] + kept
         return sums, (p * scores.gate(x_2)[1]).astype(jnp.bfloat16)
 
       sums, weights = _by_parts(part, scores.masked(x_1, work, i), x_2,
@@ -480,24 +480,24 @@ def _pull(scores: _Scores, work: _Work) -> None:
       numbers = work.numbers(i)
 
       def weigh(carry, *inputs):
-        p, tanh = scores.softmax(*inputs)
+        p, _, tanh = scores.softmax(*inputs)
         slope = () if tanh is None else (p * (1.0 - tanh * tanh),)
         return carry, *(x.astype(jnp.bfloat16) for x in (p, *slope))
 
       # To 8 bits, as what is made of them will be: they wait in registers.
-      _, p, *slope = _by_parts(weigh, scores.masked(x_1, work, i), numbers(0),
-                               numbers(1))
+      _, *p = _by_parts(weigh, scores.masked(x_1, work, i), numbers(0),
+                        numbers(1))
       a, = _multiply((other, wait(1)))
       release(1)
 
-      def part(carry, x_2, a, inner, p, slope):
+      def part(carry, x_2, a, inner, *p):
         y, gate = scores.gate(x_2)
-        p, slope = p.astype(jnp.float32), slope.astype(jnp.float32)
+        p = [x.astype(jnp.float32) for x in p]
         # 2^(y - gate) is the slope of softplus, a sigmoid.
-        parts = slope * (gate * a - inner), p * a * jnp.exp2(y - gate)
+        parts = p[-1] * (gate * a - inner), p[0] * a * jnp.exp2(y - gate)
         return carry, *(x.astype(jnp.bfloat16) for x in parts)
 
-      _, to_1, to_2 = _by_parts(part, x_2, a, numbers(2), p, *(slope or [p]))
+      _, to_1, to_2 = _by_parts(part, x_2, a, numbers(2), *p)
       _accumulate(d_1, to_1, columns.at[:, predict])
       _accumulate(d_2, to_2, columns.at[:, rest])
       plgpu.wgmma_wait(0)
