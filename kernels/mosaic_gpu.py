@@ -11,6 +11,9 @@ PARAMS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,
     unsafe_no_auto_barriers=True)
 
+# Whether kernels can put arrays together.
+CONCATENATES = jax.__version_info__ >= (0, 11)
+
 
 def load(ref, layout, *, optimized: bool = True) -> jax.Array:
   """`ref`'s array in a layout.

@@ -49,7 +49,7 @@ _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _LOG2_E = math.log2(math.e)
 # Columns whose elements are computed one after the other. A warpgroup's sums
 # fill half of its registers, scores the rest: little is left between.
-_PART = 8
+_PART = 8 if mosaic_gpu.CONCATENATES else TILE
 # A number for each row of a product, and for each column.
 _ROW, _COLUMN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 # exp2 and log2 to float32's 22 bits. No sum here crosses warps.
@@ -158,11 +158,11 @@ class _Side:
     first: the first step; `end`: the last step's successor.
   """
 
-  def __init__(self, over_keys: bool, heads: int, places: _Places):
+  def __init__(self, over_keys: bool, heads: int, pairs: int,
+               places: _Places):
     self.over_keys, self._heads, self._places = over_keys, heads, places
     self.b, self.k = lax.axis_index("sequence"), lax.axis_index("head")
     self.warpgroup = lax.axis_index("warpgroup")
-    pairs = lax.axis_size("pair")
     # The longest first: the last queries, the first keys.
     pair = lax.axis_index("pair")
     pair = pairs - 1 - pair if over_keys else pair
@@ -529,6 +529,7 @@ def _kernel(compute, over_keys: bool, places: _Places, rows, passing, numbers,
     width: columns of the arrays that are read, from the first.
   """
   b, k, heads, length, _ = (rows if over_keys else passing)[0].shape
+  pairs = length // TILE * (heads if over_keys else 1) // _COMPUTE
   numbers = jnp.stack(numbers, -2)
   count = numbers.shape[-2]
   slots = min(_TILES_BYTES // (2 * TILE * width) - _COMPUTE * len(rows),
@@ -552,7 +553,7 @@ def _kernel(compute, over_keys: bool, places: _Places, rows, passing, numbers,
     refs = iter(refs)
     row_gmems, passing_gmems, (numbers_gmem,), place_gmems = (
         [next(refs) for _ in range(size)] for size in sizes)
-    side = _Side(over_keys, heads, _Places(*place_gmems))
+    side = _Side(over_keys, heads, pairs, _Places(*place_gmems))
     ring = _Ring(**ring)
 
     @pl.when(side.warpgroup < _COMPUTE)
@@ -570,7 +571,6 @@ def _kernel(compute, over_keys: bool, places: _Places, rows, passing, numbers,
       plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
       ring.fill(passing_gmems, numbers_gmem, side)
 
-  pairs = length // TILE * (heads if over_keys else 1) // _COMPUTE
   grid = dict(pair=pairs, sequence=b, head=k)
   return plgpu.kernel(
       body, out_type=out_type, grid=tuple(grid.values()),
