@@ -211,9 +211,9 @@ class _Side:
             & (row_segment == column_segment))
 
 
-def _spread(x, axis: int, columns: int = TILE):
-  """Of rows (axis 0) or columns (axis 1) over a product of two tiles."""
-  return lax.broadcast_in_dim(x, (TILE, columns), (axis,))
+def _spread(x, axis: int, columns: int | None = None):
+  """Of rows (axis 0) or columns (axis 1) over both, `_PART` columns if not said."""
+  return lax.broadcast_in_dim(x, (TILE, columns or _PART), (axis,))
 
 
 class _Ring:
@@ -263,11 +263,11 @@ class _Ring:
     plgpu.barrier_arrive(self._free.at[lax.rem(n, jnp.int32(self._count))])
 
   def numbers(self, i):
-    """Those of the i-th step: calling it with j reads the j-th."""
+    """Those of the i-th step: calling it reads the j-th of a few columns."""
     turn = self._turn(i)
     plgpu.barrier_wait(self._numbers_full.at[turn])
-    return lambda j: _spread(
-        mosaic_gpu.load(self._numbers.at[turn, j], _COLUMN), 1)
+    return lambda j, first: _spread(mosaic_gpu.load(
+        self._numbers.at[turn, j, pl.ds(first, _PART)], _COLUMN), 1)
 
 
 class _Work:
@@ -276,6 +276,7 @@ class _Work:
   Attributes:
     side: `_Side`.
     results: the outputs' references.
+    row_numbers: the queries', where its rows are queries.
   """
 
   def __init__(self, side: _Side, ring: _Ring, tiles, numbers_gmem, count: int,
@@ -284,7 +285,7 @@ class _Work:
     self.results, self.shape = results, tiles[0].shape[1:]
     if side.over_keys:
       *at, rows = side.rows()
-      self._numbers = [
+      self.row_numbers = [
           mosaic_gpu.load(numbers_gmem.at[(*at, i, rows)], _ROW,
                           optimized=False) for i in range(count)]
 
@@ -307,9 +308,9 @@ class _Work:
     return lax.fori_loop(self.side.first, self.side.end, step, start)
 
   def numbers(self, step):
-    """The queries': calling it with j gives the j-th, over the product."""
+    """The queries': calling it gives the j-th, over columns from `first`."""
     if self.side.over_keys:
-      return lambda j: _spread(self._numbers[j], 0)
+      return lambda j, first: _spread(self.row_numbers[j], 0)
     return self._ring.numbers(step - self.side.first)
 
   def write(self, columns, values) -> None:
@@ -353,24 +354,32 @@ class _Scores:
 
   def masked(self, x, work: _Work, step):
     """Scores 1, -inf where a key is not seen."""
+    def part(first, carry, x):
+      seen = work.side.seen(step, first, _PART)
+      return carry, jnp.where(seen, x, -jnp.inf)
+
     def mask(x):
-      parts = iter(range(0, TILE, _PART))
-      return _by_parts(lambda _, x: ((), jnp.where(
-          work.side.seen(step, next(parts), _PART), x, -jnp.inf)), x)[1]
+      return _by_parts(part, x)[1]
 
     return lax.cond(work.side.is_whole(step), lambda x: x, mask, x)
 
   def softmax(self, x, floor, shift):
-    """p of masked scores 1, 1.0 for keys that are kept, tanh under a cap."""
+    """p of masked scores 1, and 1.0 for keys that are kept."""
     kept = jnp.where(x >= floor, 1.0, 0.0)
     cap, scale = self.spec.softcap, self.scales[0] * _LOG2_E
-    tanh = None
     if cap:
       # From exponentials: the hardware's tanh has 11 bits.
-      tanh = 1.0 - 2.0 * jnp.exp2(-mosaic_gpu.log2(
+      x = 1.0 - 2.0 * jnp.exp2(-mosaic_gpu.log2(
           1.0 + jnp.exp2(x * (2 * scale / cap))))
-      x, scale = tanh, cap * _LOG2_E
-    return kept * jnp.exp2(x * scale - shift), kept, tanh
+      scale = cap * _LOG2_E
+    return kept * jnp.exp2(x * scale - shift), kept
+
+  def slope(self, p, shift):
+    """p times the slope of the cap."""
+    if not self.spec.softcap:
+      return p
+    tanh = (mosaic_gpu.log2(p) + shift) * (1 / (self.spec.softcap * _LOG2_E))
+    return p * jnp.maximum(1.0 - tanh * tanh, 0.0)
 
   def gate(self, x):
     """Scores 2 in base 2, and softplus of them."""
@@ -380,11 +389,11 @@ class _Scores:
 
 
 def _by_parts(f, *arrays, carry=()):
-  """Applies f(carry, *parts of columns), which returns a carry and results."""
+  """Calls f(first column, carry, *parts): for a carry and parts of results."""
   results = []
   for first in range(0, TILE, _PART):
-    carry, *part = f(carry, *(lax.slice(x, (0, first), (TILE, first + _PART))
-                              for x in arrays))
+    carry, *part = f(first, carry, *(lax.slice(x, (0, first), (TILE, first + _PART))
+                                     for x in arrays))
     results.append(part)
   return carry, *(lax.concatenate(parts, 1) for parts in zip(*results))
 
@@ -397,12 +406,13 @@ def _accumulate(total, x, y) -> None:
 def _measure(work: _Work) -> None:
   """Sums of scores and squares about the center, the best, how many seen."""
   side = work.side
+  center = _spread(work.row_numbers[0], 0, TILE)
 
   def step(i, wait, release, carry):
     rows, = work.tiles(i)
     x, = _multiply((rows, wait(0)))
     release(0)
-    off = x - work.numbers(i)(0)
+    off = x - center
 
     def whole(x, off):
       return (off.sum(1), (off * off).sum(1), x.max(1),
@@ -439,14 +449,14 @@ def _mix(scores: _Scores, work: _Work) -> None:
       release(0)
       numbers = work.numbers(i)
 
-      def part(sums, x_1, x_2, floor, shift):
-        p, kept, _ = scores.softmax(x_1, floor, shift)
+      def part(first, sums, x_1, x_2):
+        p, kept = scores.softmax(x_1, *(numbers(j, first) for j in (0, 1)))
         if over_keys:
           sums = sums[0] + p, sums[1] + kept
         return sums, (p * scores.gate(x_2)[1]).astype(jnp.bfloat16)
 
       sums, weights = _by_parts(part, scores.masked(x_1, work, i), x_2,
-                                numbers(0), numbers(1), carry=sums)
+                                carry=sums)
       _accumulate(mixed, weights, wait(1))
       plgpu.wgmma_wait(0)
       release(1)
@@ -479,25 +489,25 @@ def _pull(scores: _Scores, work: _Work) -> None:
                              for dims in (predict, rest)))
       numbers = work.numbers(i)
 
-      def weigh(carry, *inputs):
-        p, _, tanh = scores.softmax(*inputs)
-        slope = () if tanh is None else (p * (1.0 - tanh * tanh),)
-        return carry, *(x.astype(jnp.bfloat16) for x in (p, *slope))
+      def weigh(first, carry, x_1):
+        p, _ = scores.softmax(x_1, *(numbers(j, first) for j in (0, 1)))
+        return carry, p.astype(jnp.bfloat16)
 
-      # To 8 bits, as what is made of them will be: they wait in registers.
-      _, *p = _by_parts(weigh, scores.masked(x_1, work, i), numbers(0),
-                        numbers(1))
+      # To 8 bits, as what is made of it will be: it waits in registers.
+      _, p = _by_parts(weigh, scores.masked(x_1, work, i))
       a, = _multiply((other, wait(1)))
       release(1)
 
-      def part(carry, x_2, a, inner, *p):
+      def part(first, carry, x_2, a, p):
         y, gate = scores.gate(x_2)
-        p = [x.astype(jnp.float32) for x in p]
+        p = p.astype(jnp.float32)
+        slope = scores.slope(p, numbers(1, first))
         # 2^(y - gate) is the slope of softplus, a sigmoid.
-        parts = p[-1] * (gate * a - inner), p[0] * a * jnp.exp2(y - gate)
+        parts = (slope * (gate * a - numbers(2, first)),
+                 p * a * jnp.exp2(y - gate))
         return carry, *(x.astype(jnp.bfloat16) for x in parts)
 
-      _, to_1, to_2 = _by_parts(part, x_2, a, numbers(2), *p)
+      _, to_1, to_2 = _by_parts(part, x_2, a, p)
       _accumulate(d_1, to_1, columns.at[:, predict])
       _accumulate(d_2, to_2, columns.at[:, rest])
       plgpu.wgmma_wait(0)
