@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from sparse_lm.kernels.spark_attention import (choose, gpu, reference,
-                                               spark_attention)
+from sparse_lm.kernels.spark_attention import (choose, gpu, gpu_form,
+                                               reference, spark_attention)
 
 B, L, E, P = 1, 128, 128, 64
 EVERYTHING = 2**30
@@ -36,7 +36,7 @@ def interpreted(monkeypatch):
       operand = smem.at[lax.axis_index("warpgroup")]
       body(*refs, **scratch)
 
-    smem = plgpu.SMEM((2, gpu.TILE, gpu.TILE), jnp.bfloat16)
+    smem = plgpu.SMEM((2, gpu_form.TILE, gpu_form.TILE), jnp.bfloat16)
     return kernel(with_scratch, scratch_types=scratch_types | dict(smem=smem),
                   **options)
 
@@ -47,7 +47,7 @@ def interpreted(monkeypatch):
 
   monkeypatch.setattr(plgpu, "kernel", with_operand)
   monkeypatch.setattr(gpu, "_accumulate", accumulate)
-  monkeypatch.setattr(gpu, "_MAX_SLOTS", 3)
+  monkeypatch.setattr(gpu_form, "MAX_SLOTS", 3)
   jax.clear_caches()
   with plgpu.force_gpu_interpret_mode(
       plgpu.InterpretGPUParams(detect_races=True)):
@@ -97,10 +97,10 @@ def test_against_all_scores_at_once(interpreted, heads, cut, window, softcap):
 
 def test_ranges_of_blocks():
   """Of four blocks of 64 tokens, two documents that meet in the second."""
-  index = np.arange(4 * gpu.TILE)
+  index = np.arange(4 * gpu_form.TILE)
   positions = jnp.array(np.where(index < 100, index, index - 100))[None]
   segments = jnp.array(np.where(index < 100, 1, 2))[None]
-  places = gpu._places(positions, segments, EVERYTHING, 2)
+  places = gpu_form.locate(positions, segments, EVERYTHING, 2)
   first, whole_first, whole_end, end = np.asarray(places.keys)[:, 0]
   np.testing.assert_array_equal(first, [0, 0, 1, 1])
   np.testing.assert_array_equal(end, [1, 2, 3, 4])
@@ -111,7 +111,7 @@ def test_ranges_of_blocks():
   np.testing.assert_array_equal(first, [0, 2])
   np.testing.assert_array_equal(end, [4, 4])
   # A window of one token: each block sees itself alone.
-  places = gpu._places(jnp.array(index)[None], None, 1, 2)
+  places = gpu_form.locate(jnp.array(index)[None], None, 1, 2)
   first, _, _, end = np.asarray(places.keys)[:, 0]
   np.testing.assert_array_equal(end - first, 1)
 
