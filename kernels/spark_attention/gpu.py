@@ -24,11 +24,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 
 from sparse_lm.kernels import mosaic_gpu
-from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.spark_attention import gpu_form
+from sparse_lm.kernels.spark_attention.xla import threshold
 
 _LOG2_E = math.log2(math.e)
 _TILE = gpu_form.TILE
@@ -262,12 +261,8 @@ def _statistics(query, key, places: gpu_form.Places, spec: _Spec):
   total, squares, best, count = gpu_form.run(
       _measure, True, places, (query,), (key,), (center,), (number,) * 4, p)
   visible = count[:, 0, 0].astype(jnp.int32)
-  table = jnp.asarray(quantile(spec.top_k, np.arange(key.shape[2] + 1)),
-                      jnp.float32)
-  at = table[visible][:, None, None]
-  mean = total / count
-  std = jnp.sqrt(jnp.maximum(squares / count - jnp.square(mean), 0))
-  theta = jnp.where(at > -jnp.inf, center + mean + std * at, -jnp.inf)
+  theta = threshold(center, total, squares, visible, spec.top_k, key.shape[2])
+  # As there: by so much the best score may fall short, computed again.
   slack = 8 * jnp.finfo(jnp.float32).eps * jnp.linalg.norm(
       key_1, axis=-1).mean(2)[..., None, None] * jnp.linalg.norm(
           query_1, axis=-1)
