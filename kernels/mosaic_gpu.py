@@ -1,6 +1,7 @@
 """What differs between the versions of Pallas Mosaic GPU that are supported."""
 
 from collections.abc import Callable
+import math
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -9,6 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 PARAMS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,
     unsafe_no_auto_barriers=True)
+
+# Whether kernels can put arrays together.
+CONCATENATES = jax.__version_info__ >= (0, 11)
 
 
 def load(ref, layout, *, optimized: bool = True) -> jax.Array:
@@ -83,3 +87,10 @@ def inlined(function: Callable[[jax.Array], jax.Array]
     return evaluate(closed, [x])[0]
 
   return call
+
+
+def log2(x: jax.Array) -> jax.Array:
+  """To base 2, of float32: one instruction where math is approximate."""
+  if jax.__version_info__ >= (0, 11):
+    return jax.lax.log2(x)
+  return jax.lax.log(x) * math.log2(math.e)

@@ -2,5 +2,7 @@
 
 from sparse_lm.kernels.spark_attention.api import (
     IMPLEMENTATIONS as IMPLEMENTATIONS)
+from sparse_lm.kernels.spark_attention.api import choose as choose
 from sparse_lm.kernels.spark_attention.api import (
     spark_attention as spark_attention)
+from sparse_lm.kernels.spark_attention.api import unsupported as unsupported

@@ -4,15 +4,78 @@ Letters: B batch, L tokens (queries and keys), K key/value heads, G query heads
 per key/value head, E head width.
 """
 
-from collections.abc import Callable
+import importlib
+import math
+from types import ModuleType
 
 import jax
 
-from sparse_lm.kernels.spark_attention import reference, xla
+from sparse_lm.kernels import devices
 
-# By name. `reference` is what the others are tested against.
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "xla": xla.spark_attention, "reference": reference.spark_attention}
+# By name, the module that has it. Lazy: Pallas takes a while to import.
+# `reference` is what the others are tested against.
+IMPLEMENTATIONS: dict[str, str] = {
+    "xla": "xla", "pallas_gpu": "gpu", "reference": "reference"}
+
+
+def _module(implementation: str) -> ModuleType:
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"implementation={implementation!r} is not one of "
+                     f"{', '.join(IMPLEMENTATIONS)}")
+  return importlib.import_module(
+      f"sparse_lm.kernels.spark_attention.{IMPLEMENTATIONS[implementation]}")
+
+
+def unsupported(implementation: str, query_BxKxGxLxE: jax.Array,
+                value_BxKxLxE: jax.Array, predictor_dim: int) -> str | None:
+  """Why an implementation cannot take such arrays, None where it can.
+
+  Args:
+    implementation: a key of `IMPLEMENTATIONS`.
+    query_BxKxGxLxE: as `spark_attention` has it, like the others; or a
+      `jax.ShapeDtypeStruct`.
+    value_BxKxLxE: the values.
+    predictor_dim: P.
+
+  Raises:
+    ValueError: on an unknown implementation.
+  """
+  module = _module(implementation)
+  if not hasattr(module, "unsupported"):
+    return None
+  return module.unsupported(query_BxKxGxLxE, value_BxKxLxE, predictor_dim)
+
+
+def _split_by_compiler() -> bool:
+  """Whether arrays may be spread over devices, which kernels know nothing of.
+
+  Where `jax.set_mesh` has said so, and no `jax.shard_map` of all axes.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and math.prod(
+      size for axis, size in mesh.shape.items()
+      if axis not in mesh.manual_axes) > 1
+
+
+def choose(device: jax.Device, query_BxKxGxLxE: jax.Array,
+           value_BxKxLxE: jax.Array, predictor_dim: int) -> str:
+  """The fastest implementation.
+
+  Args:
+    device: what it would run on.
+    query_BxKxGxLxE: as for `unsupported`, like the others.
+    value_BxKxLxE: the values.
+    predictor_dim: P.
+
+  Returns:
+    A key of `IMPLEMENTATIONS`.
+  """
+  # The kernels have Hopper's matrix instructions, which Blackwell has not.
+  served = devices.generation(device) == 9 and not _split_by_compiler()
+  if served and not unsupported("pallas_gpu", query_BxKxGxLxE, value_BxKxLxE,
+                                predictor_dim):
+    return "pallas_gpu"
+  return "xla"
 
 
 def spark_attention(
@@ -20,7 +83,7 @@ def spark_attention(
     value_BxKxLxE: jax.Array, positions_BxL: jax.Array,
     segments_BxL: jax.Array | None, window: jax.Array | int, *,
     predictor_dim: int, top_k: int, softcap: float = 0.0, block_q: int = 512,
-    block_k: int = 512, implementation: str = "xla"
+    block_k: int = 512, implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Mixes values by softmax(top-k of scores 1) * softplus(scores 2).
 
@@ -42,21 +105,21 @@ def spark_attention(
     predictor_dim: P, the head dims that predict.
     top_k: about how many keys a query keeps.
     softcap: cap * tanh(scores 1 / cap) enters the softmax; 0: off.
-    block_q: queries whose scores exist at a time.
-    block_k: keys that they are scored against at a time. Both change memory
-      and speed, never the result.
-    implementation: a key of `IMPLEMENTATIONS`.
+    block_q: queries whose scores exist at a time, with "xla".
+    block_k: keys that they are scored against at a time, with "xla". Both
+      change memory and speed, never the result.
+    implementation: a key of `IMPLEMENTATIONS`; None: what `choose` says of
+      the first device. "pallas_gpu" is of one device's arrays: on a mesh it
+      needs `jax.shard_map`, and is not chosen without.
 
   Returns:
     The mixed values (B, K, G, L, E) in the values' type; how many keys each
     query keeps (B, L), the mean over heads; how many it sees (B, L).
 
   Raises:
-    ValueError: on an unknown implementation, or shapes that do not fit.
+    ValueError: on an unknown implementation, one that cannot serve, or shapes
+      that do not fit.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is not one of "
-                     f"{', '.join(IMPLEMENTATIONS)}")
   b, k, _, l, e = query_BxKxGxLxE.shape
   expected = [("key_BxKxLxE", key_BxKxLxE, (b, k, l, e)),
               ("value_BxKxLxE", value_BxKxLxE,
@@ -69,6 +132,10 @@ def spark_attention(
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
   if not 0 < predictor_dim < e:
     raise ValueError(f"predictor_dim={predictor_dim} is not in (0, {e})")
-  return IMPLEMENTATIONS[implementation](
+  of_kernel = query_BxKxGxLxE, value_BxKxLxE, predictor_dim
+  implementation = implementation or choose(jax.devices()[0], *of_kernel)
+  if reason := unsupported(implementation, *of_kernel):
+    raise ValueError(f"implementation={implementation!r} {reason}")
+  return _module(implementation).spark_attention(
       query_BxKxGxLxE, key_BxKxLxE, value_BxKxLxE, positions_BxL, segments_BxL,
       window, predictor_dim, top_k, softcap, block_q, block_k)

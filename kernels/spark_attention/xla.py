@@ -118,6 +118,25 @@ def _over_blocks(step, carry, places, spec):
                       starts)[0]
 
 
+def threshold(center, total, squares, visible_BxL, top_k: int,
+              keys: int) -> jax.Array:
+  """Of each query (B, K, G, L), -inf where all keys are kept.
+
+  Args:
+    center: some number near its scores.
+    total: its scores less that, added up.
+    squares: their squares, added up.
+    visible_BxL: how many keys it sees, of `keys`.
+    top_k: about how many it keeps.
+    keys: the most that a query can see.
+  """
+  table = jnp.asarray(quantile(top_k, np.arange(keys + 1)), total.dtype)
+  at, count = (x[:, None, None] for x in (table[visible_BxL], visible_BxL))
+  mean = total / count
+  std = jnp.sqrt(jnp.maximum(squares / count - jnp.square(mean), 0))
+  return jnp.where(at > -jnp.inf, center + mean + std * at, -jnp.inf)
+
+
 def _statistics(query, key, places, spec):
   """What a query's scores must reach, their largest, how many keys it sees.
 
@@ -156,18 +175,13 @@ def _statistics(query, key, places, spec):
   total, squares, best, visible = _over_blocks(
       step, (zero, zero, zero - jnp.inf, jnp.zeros_like(places.query_BxL)),
       places, spec)
-  table = jnp.asarray(quantile(spec.top_k, np.arange(key.shape[2] + 1)), wide)
-  at = table[visible][:, None, None]
-  count = visible[:, None, None]
-  mean = total / count
-  std = jnp.sqrt(jnp.maximum(squares / count - jnp.square(mean), 0))
-  theta = jnp.where(at > -jnp.inf, center + mean + std * at, -jnp.inf)
   # The best key is kept whatever the threshold. Its score is computed again,
   # and may then be rounded otherwise: by so much it may fall short.
   key_length = jnp.linalg.norm(wide_key, axis=-1, keepdims=True).mean(
       2, where=shown)[..., None]
   slack = 8 * jnp.finfo(wide).eps * p**-0.5 * key_length * jnp.linalg.norm(
       query.astype(wide), axis=-1)
+  theta = threshold(center, total, squares, visible, spec.top_k, key.shape[2])
   return jnp.minimum(theta, best - slack), best, visible
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sparse_lm.config import AttentionConfig
 from sparse_lm.kernels.gaussian import quantile
+from sparse_lm.kernels.spark_attention import choose as choose_attention
 from sparse_lm.kernels.spark_attention import spark_attention
 from sparse_lm.kernels.statistical_topk import choose, gated_topk
 from sparse_lm.model import sparsify
@@ -62,8 +63,12 @@ def _swap(x: jax.Array) -> jax.Array:
 
 
 def _attentions(config: AttentionConfig, length: int,
-                blocks: Sequence[tuple[int, int]]) -> dict[str, Callable]:
-  """Causal attentions of query (B, K, G, L, E), key and value (B, K, L, E)."""
+                blocks: Sequence[tuple[int, int]],
+                fastest: str) -> dict[str, Callable]:
+  """Causal attentions of query (B, K, G, L, E), key and value (B, K, L, E).
+
+  Spark's are materialised, in XLA by `blocks`, and `fastest` if another.
+  """
   positions_1xL = jnp.arange(length)[None]
 
   def dense(query, key, value, implementation):
@@ -77,18 +82,22 @@ def _attentions(config: AttentionConfig, length: int,
     seen = visible(positions_1xL, positions_1xL, None, None, _EVERYTHING)
     return mix(spark_weights(query, key, seen, config)[0], value)
 
-  def blockwise(query, key, value, block_q, block_k):
+  def blockwise(query, key, value, **options):
     return spark_attention(
         query, key, value, positions_1xL, None, _EVERYTHING,
         predictor_dim=config.predictor_dim, top_k=config.top_k,
-        softcap=config.logit_softcap, block_q=block_q, block_k=block_k)[0]
+        softcap=config.logit_softcap, **options)[0]
 
   forms = {"dense": functools.partial(dense, implementation="xla")}
   if jax.default_backend() == "gpu":
     forms["dense_cudnn"] = functools.partial(dense, implementation="cudnn")
   forms["spark_materialised"] = materialised
   for q, k in blocks:
-    forms[f"spark_{q}x{k}"] = functools.partial(blockwise, block_q=q, block_k=k)
+    forms[f"spark_{q}x{k}"] = functools.partial(
+        blockwise, block_q=q, block_k=k, implementation="xla")
+  if fastest != "xla":
+    forms[f"spark_{fastest}"] = functools.partial(
+        blockwise, implementation=fastest)
   return forms
 
 
@@ -115,7 +124,9 @@ def time_attention(lengths: Sequence[int], blocks: Sequence[tuple[int, int]],
     query, key, value, d_out = (
         jax.random.normal(draw, shape, jnp.bfloat16)
         for draw, shape in zip(draws, [*shapes, shapes[0]]))
-    forms = _attentions(config, length, blocks)
+    fastest = choose_attention(jax.devices()[0], query, value,
+                               config.predictor_dim)
+    forms = _attentions(config, length, blocks, fastest)
     forward, forward_bytes, both, both_bytes = {}, {}, {}, {}
     for name, form in forms.items():
       forward[name], forward_bytes[name] = _compile(form, (query, key, value))

@@ -13,6 +13,7 @@ from sparse_lm.decoding import Decoder, Greedy
 from sparse_lm.decoding import decoder as decoding
 from sparse_lm.kernels import sparse_attention as attention
 from sparse_lm.kernels.add_norm import add_norm
+from sparse_lm.kernels.spark_attention import spark_attention
 from sparse_lm.kernels.sparse_attention import sparse_attention
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
                                           sparse_ffn)
@@ -151,6 +152,60 @@ def test_decoding_attends_by_kernels(monkeypatch, shape):
   # In bfloat16 two near-equal logits may change places; then rows part ways.
   assert (drawn[0] == drawn[1]).mean() > 0.5
   np.testing.assert_array_equal(drawn[0][:4], drawn[1][:4])
+
+
+def attention_arrays(heads, kv_heads, length=1024):
+  """Query, key, value, and the gradient of the output, of 2 sequences."""
+  key = 2, kv_heads, length, 256
+  query = 2, kv_heads, heads // kv_heads, length, 256
+  return [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+          for i, shape in enumerate((query, key, key, query))]
+
+
+@pytest.mark.parametrize("heads, cut, window, softcap", [
+    (4, 400, 300, 0.0), (2, 0, 2**30, 0.0), (2, 700, 500, 50.0)])
+def test_spark_attention(heads, cut, window, softcap):
+  query, key, value, d_out = attention_arrays(heads, 2)
+  index = np.arange(query.shape[3])
+  positions, segments = (
+      jnp.array(np.tile(x, (2, 1)), jnp.int32)
+      for x in (np.where(index < cut, index, index - cut), index < cut))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(implementation, window, query, key, value, d_out):
+    def attend(query, key, value):
+      mixed, *counts = spark_attention(
+          query, key, value, positions, segments, window, predictor_dim=128,
+          top_k=48, softcap=softcap, implementation=implementation)
+      return mixed, counts
+
+    mixed, pull, counts = jax.vjp(attend, query, key, value, has_aux=True)
+    return [mixed, *pull(d_out)], counts
+
+  arrays = query, key, value, d_out
+  got, got_counts = run(None, window, *arrays)
+  with jax.default_matmul_precision("highest"):
+    expected, counts = run("reference", window,
+                           *(x.astype(jnp.float32) for x in arrays))
+  for a, b in zip(got, expected):
+    assert error(a, b) < 8e-3
+  # Scores are summed in another order: one may fall on the other side.
+  assert error(got_counts[0], counts[0]) < 1e-3
+  np.testing.assert_array_equal(got_counts[1], counts[1])
+  again, _ = run("pallas_gpu", window, *arrays)
+  for a, b in zip(got, again):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("where", range(3))
+def test_spark_attention_shows_what_is_not_finite(where):
+  arrays = attention_arrays(2, 2, 256)[:3]
+  arrays[where] = arrays[where].at[..., 100, -1].set(jnp.nan)
+  arrays[where] = arrays[where].at[..., 100, 0].set(jnp.nan)
+  mixed, _, _ = spark_attention(
+      *arrays, jnp.tile(jnp.arange(256), (2, 1)), None, 2**30,
+      predictor_dim=128, top_k=48, implementation="pallas_gpu")
+  assert np.isnan(np.asarray(mixed[..., 100, :], np.float32)).any()
 
 
 def test_decoding_reads_active_neurons_alone():
