@@ -35,28 +35,6 @@ def store(ref, value: jax.Array) -> None:
     ref[...] = value
 
 
-# Programmatic dependent launch: a kernel whose body begins with `wait_for_...`
-# may start while the one before it ends, which hides the start. Older versions
-# launch without it.
-DEPENDENT_LAUNCH = jax.__version_info__ >= (0, 11)
-
-
-def wait_for_kernel_before() -> None:
-  """Waits until all that was written before this kernel can be read."""
-  if DEPENDENT_LAUNCH:
-    plgpu.griddepcontrol_wait()
-
-
-def let_kernel_after_start() -> None:
-  """Lets the next kernel start as soon as there is room for it.
-
-  It must then itself wait for this one. To be called after
-  `wait_for_kernel_before`, so that what came before this kernel is done.
-  """
-  if DEPENDENT_LAUNCH:
-    plgpu.griddepcontrol_launch_dependents()
-
-
 def inlined(function: Callable[[jax.Array], jax.Array]
             ) -> Callable[[jax.Array], jax.Array]:
   """An elementwise function without its rules of differentiation.

@@ -23,6 +23,9 @@ CHUNK, OWN = 64, 16
 WARPS = CHUNK // OWN
 # A copy's longest dimension.
 COLUMNS = 256
+# In caches of so many slots, keys are copied before it is known which are
+# visible, or kept: the wait for that takes longer than reading all of them.
+EAGER_UP_TO = 2048
 # Partial sums that are added up at a time, four by four.
 _FOURS = 8
 
@@ -107,30 +110,21 @@ class Queries:
   def query(self, i: int, first: int, width: int) -> list[jax.Array]:
     return self._turned(self.head * self.group + i, first, width)
 
-  def write(self, slot, parts, value_gmem):
-    """Writes the newest key and value to the cache.
+  def newest(self, widths) -> list[list[jax.Array]]:
+    """The newest key's parts and its value, as `store_halves` takes them.
 
     Args:
-      slot: where to, (slot / 16, slot % 16).
-      parts: the key's, each (S / 16, 16, width), of this head.
-      value_gmem: likewise the values'.
-
-    Returns:
-      The key's first part and the value, as `store_halves` takes them.
+      widths: of the key's parts.
     """
-    key, first, turned = self._heads * self.group + self.head, 0, []
-    for part_gmem in parts:
-      width = part_gmem.shape[-1]
-      turned.append(self._turned(key, first, width))
-      store_halves(part_gmem.at[*slot], turned[-1])
+    key, first, parts = self._heads * self.group + self.head, 0, []
+    for width in widths:
+      parts.append(self._turned(key, first, width))
       first += width
     value = self._rows.at[self.row, key + self._heads]
-    half = value_gmem.shape[-1] // 2
-    halves = [mosaic_gpu.load(value.at[pl.ds(i * half, half)],
-                              KEYS.reduce((0, 1)), optimized=False)
-              for i in (0, 1)]
-    store_halves(value_gmem.at[*slot], halves)
-    return turned[0], halves
+    half = value.shape[-1] // 2
+    return [*parts, [mosaic_gpu.load(value.at[pl.ds(i * half, half)],
+                                     KEYS.reduce((0, 1)), optimized=False)
+                     for i in (0, 1)]]
 
 
 def store_halves(ref, halves) -> None:
@@ -174,6 +168,14 @@ def in_sight(bounds_gmem, row, chunk):
   """The row's first visible slot, the one after the last, is one here?"""
   start, end = bounds_gmem[row, 0], bounds_gmem[row, 1]
   return start, end, (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > start)
+
+
+def wait_unseen(visible, barriers) -> None:
+  """Waits for copies that nothing needs: a block must not end before them."""
+  @pl.when(jnp.logical_not(visible))
+  def _():
+    for barrier in barriers:
+      plgpu.barrier_wait(barrier)
 
 
 def capped(x, cap: float):

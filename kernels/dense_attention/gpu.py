@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
-    CHUNK, COLUMNS, OWN, PARTIAL, WARPS, Queries, add_parts, add_values, capped,
-    chunks_there, fours, in_sight, kernel, make_bounds, own_keys, products,
-    seen_keys, store_halves)
+    CHUNK, COLUMNS, OWN, PARTIAL, WARPS, Queries, add_parts,
+    add_values, capped, chunks_there, fours, in_sight, kernel, make_bounds,
+    own_keys, products, seen_keys, store_halves, wait_unseen)
 
 # What a chunk leaves beside its part of the values.
 _BEST, _WEIGHT = range(2)
@@ -32,7 +32,7 @@ def unsupported(query_BxKxGxE: jax.Array, key_BxKxSxE: jax.Array) -> str | None:
   return token_attention.unsupported((query_BxKxGxE, key_BxKxSxE), group)
 
 
-def _mix_chunk(heads, group, softcap, bounds_gmem, rows_gmem, rotary_gmem,
+def _mix_chunk(heads, group, softcap, eager, bounds_gmem, rows_gmem, rotary_gmem,
                key_gmem, value_gmem, part_gmem, sum_gmem, *, key_smem,
                value_smem, weight_smem, key_barrier, value_barrier) -> None:
   """A chunk's part of the group's results.
@@ -41,6 +41,7 @@ def _mix_chunk(heads, group, softcap, bounds_gmem, rows_gmem, rotary_gmem,
     heads: key/value heads.
     group: queries of each.
     softcap: of the logits.
+    eager: whether to copy keys before it is known whether they are visible.
     bounds_gmem: as `make_bounds` makes them.
     rows_gmem: as `Queries` has it.
     rotary_gmem: likewise.
@@ -58,26 +59,36 @@ def _mix_chunk(heads, group, softcap, bounds_gmem, rows_gmem, rotary_gmem,
   queries = Queries(rows_gmem, rotary_gmem, heads, group)
   head, chunk = lax.axis_index("head"), lax.axis_index("chunk")
   own, width = pl.ds(chunk * WARPS, WARPS), key_gmem.shape[-1]
+  barriers = key_barrier, value_barrier
+
+  def copy():
+    for gmem, smem, barrier in zip((key_gmem, value_gmem),
+                                   (key_smem, value_smem), barriers):
+      plgpu.copy_gmem_to_smem(gmem.at[head, own], smem, barrier)
+
+  if eager:
+    copy()
   start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
   newest = bounds_gmem[queries.row, 2]
 
-  def write_newest():
+  def write_newest(key, value):
     warp, slot = newest // OWN, newest % OWN
     plgpu.barrier_wait(value_barrier)
-    key, value = queries.write((warp, slot), (key_gmem.at[head],),
-                               value_gmem.at[head])
-    store_halves(key_smem.at[warp % WARPS, slot], key)
-    store_halves(value_smem.at[warp % WARPS, slot], value)
+    for gmem, smem, x in ((key_gmem, key_smem, key),
+                          (value_gmem, value_smem, value)):
+      store_halves(gmem.at[head, warp, slot], x)
+      store_halves(smem.at[warp % WARPS, slot], x)
     plgpu.commit_smem()
 
   @pl.when(visible)
   def _():
-    plgpu.copy_gmem_to_smem(key_gmem.at[head, own], key_smem, key_barrier)
-    plgpu.copy_gmem_to_smem(value_gmem.at[head, own], value_smem,
-                            value_barrier)
+    if not eager:
+      copy()
     query = [queries.query(g, 0, width) for g in range(group)]
+    # Of every block: one that had it to load later would be the last.
+    token = queries.newest([width])
     plgpu.barrier_wait(key_barrier)
-    pl.when(newest // CHUNK == chunk)(write_newest)
+    pl.when(newest // CHUNK == chunk)(lambda: write_newest(*token))
     seen = seen_keys(start, end)
     for g in range(group):
       logit = capped(products(key_smem, query[g]), softcap)
@@ -90,6 +101,9 @@ def _mix_chunk(heads, group, softcap, bounds_gmem, rows_gmem, rotary_gmem,
     pl.when(newest // CHUNK != chunk)(
         lambda: plgpu.barrier_wait(value_barrier))
     add_values(weight_smem, value_smem, lambda g: part_gmem.at[head, g])
+
+  if eager:
+    wait_unseen(visible, barriers)
 
 
 def _join_chunks(heads, bounds_gmem, part_gmem, sum_gmem, y_gmem) -> None:
@@ -131,7 +145,8 @@ def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
   bounds_Bx3 = make_bounds(lengths_B, window, s)
   caches = [jax.new_ref(own_keys(x)) for x in (key_BxKxSxE, value_BxKxSxE)]
   parts, sums = kernel(
-      functools.partial(_mix_chunk, k, group, logit_softcap),
+      functools.partial(_mix_chunk, k, group, logit_softcap,
+                        s <= token_attention.EAGER_UP_TO),
       (f32((*heads, count, 4, width)), f32((2, *heads, count, 4))),
       dict(head=b * k, chunk=s // CHUNK), key_smem=rows, value_smem=rows,
       weight_smem=plgpu.SMEM((group, WARPS, OWN), jnp.float32),

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.token_attention import (
     CHUNK, COLUMNS, KEYS, OWN, STATE, WARPS, Queries, add_parts, add_values,
-    capped, fours, in_sight, kernel, make_bounds, overlap,
-    own_keys, products, seen_keys, spread, store_halves)
+    capped, fours, in_sight, kernel, make_bounds, overlap, own_keys, products,
+    seen_keys, spread, store_halves, wait_unseen)
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.sparse_attention.predictor import quantiles
 
@@ -49,7 +49,7 @@ def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
       query_BxKxGxE.shape[2])
 
 
-def _score_chunk(heads, group, write, bounds_gmem, rows_gmem, rotary_gmem,
+def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem, rotary_gmem,
                  key1_gmem, key2_gmem, value_gmem, score_gmem, state_gmem, *,
                  key_smem, barrier) -> None:
   """Scores of a chunk of keys, and their statistics.
@@ -59,6 +59,7 @@ def _score_chunk(heads, group, write, bounds_gmem, rows_gmem, rotary_gmem,
     group: queries of each.
     write: whether to turn the rows and write the newest; not `rotary_gmem`
       nor what follows the queries is read otherwise.
+    eager: whether to copy keys before it is known whether they are visible.
     bounds_gmem: as `make_bounds` makes them.
     rows_gmem: as `Queries` has it.
     rotary_gmem: likewise.
@@ -73,23 +74,32 @@ def _score_chunk(heads, group, write, bounds_gmem, rows_gmem, rotary_gmem,
   queries = Queries(rows_gmem, rotary_gmem if write else None, heads, group)
   head, chunk = lax.axis_index("head"), lax.axis_index("chunk")
   own, width = pl.ds(chunk * WARPS, WARPS), key1_gmem.shape[-1]
+
+  def copy():
+    plgpu.copy_gmem_to_smem(key1_gmem.at[head, own], key_smem, barrier)
+
+  if eager:
+    copy()
   start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
   newest = bounds_gmem[queries.row, 2]
 
-  def write_newest():
-    slot = (newest // OWN, newest % OWN)
-    key1, _ = queries.write(slot, (key1_gmem.at[head], key2_gmem.at[head]),
-                            value_gmem.at[head])
-    store_halves(key_smem.at[slot[0] % WARPS, slot[1]], key1)
+  def write_newest(key1, key2, value):
+    warp, slot = newest // OWN, newest % OWN
+    for gmem, x in ((key1_gmem, key1), (key2_gmem, key2), (value_gmem, value)):
+      store_halves(gmem.at[head, warp, slot], x)
+    store_halves(key_smem.at[warp % WARPS, slot], key1)
     plgpu.commit_smem()
 
   @pl.when(visible)
   def _():
-    plgpu.copy_gmem_to_smem(key1_gmem.at[head, own], key_smem, barrier)
+    if not eager:
+      copy()
     query = [queries.query(g, 0, width) for g in range(group)]
+    if write:  # Of every block: one that had it to load later would be last.
+      token = queries.newest([width, key2_gmem.shape[-1]])
     plgpu.barrier_wait(barrier)
     if write:
-      pl.when(newest // CHUNK == chunk)(write_newest)
+      pl.when(newest // CHUNK == chunk)(lambda: write_newest(*token))
     seen = seen_keys(start, end)
     layout = KEYS.reduce((1, 2))
     warp = plgpu.broadcasted_iota(jnp.int32, (WARPS,), 0, layout=layout)
@@ -103,6 +113,9 @@ def _score_chunk(heads, group, write, bounds_gmem, rows_gmem, rotary_gmem,
       best = jnp.max(jnp.where(seen, score, -jnp.inf), axis=1)
       for i, x in ((_MEAN, mean), (_SQUARE, square), (_BEST, best)):
         mosaic_gpu.store(state_gmem.at[head, g, i, own], x)
+
+  if eager:
+    wait_unseen(visible, [barrier])
 
 
 def _softplus(x: jax.Array) -> jax.Array:
@@ -135,27 +148,29 @@ def _threshold(state, quantile, start, end):
   return jnp.minimum(theta, best), best
 
 
-def _mix_scratch(group: int, key2_gmem, value_gmem) -> dict:
+def _mix_scratch(group: int, eager: bool, key2_gmem, value_gmem) -> dict:
   """Shared memory of `_mix_chunk`."""
   def rows(gmem):
     return plgpu.SMEM((WARPS, OWN, gmem.shape[-1]), jnp.bfloat16)
 
-  groups = CHUNK // _GROUP
+  copies = 1 if eager else CHUNK // _GROUP
   return dict(
       kept_smem=plgpu.SMEM((WARPS, OWN), jnp.int32),
       weight_smem=plgpu.SMEM((group, WARPS, OWN), jnp.float32),
       key2_smem=rows(key2_gmem), value_smem=rows(value_gmem),
-      key2_barrier=plgpu.Barrier(num_arrivals=groups),
-      value_barrier=plgpu.Barrier(num_arrivals=groups))
+      key2_barrier=plgpu.Barrier(num_arrivals=copies),
+      value_barrier=plgpu.Barrier(num_arrivals=copies))
 
 
-def _mix_chunk(heads, group, write, softcap, bounds_gmem, rows_gmem,
+def _mix_chunk(heads, group, write, eager, softcap, bounds_gmem, rows_gmem,
                rotary_gmem, quantile_gmem, key2_gmem, value_gmem, score_gmem,
                state_gmem, part_gmem, sum_gmem, *, kept_smem, weight_smem,
                key2_smem, value_smem, key2_barrier, value_barrier) -> None:
   """The kept keys' part of the queries' results.
 
   Args: as `_score_chunk` has them, and
+    eager: whether to copy all keys of the chunk, before it is known which are
+      kept.
     softcap: of the logits.
     quantile_gmem: each row's, (B,).
     part_gmem: written, (heads, G, chunks / 4, 4, E) in float32: not divided.
@@ -170,8 +185,12 @@ def _mix_chunk(heads, group, write, softcap, bounds_gmem, rows_gmem,
   queries = Queries(rows_gmem, rotary_gmem if write else None, heads, group)
   head, chunk = lax.axis_index("head"), lax.axis_index("chunk")
   own = pl.ds(chunk * WARPS, WARPS)
-  start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
   barriers = key2_barrier, value_barrier
+  rows = list(zip((key2_gmem, value_gmem), (key2_smem, value_smem), barriers))
+  if eager:
+    for gmem, smem, barrier in rows:
+      plgpu.copy_gmem_to_smem(gmem.at[head, own], smem, barrier)
+  start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
 
   def get(g):
     """What the first kernel has left of a query."""
@@ -195,16 +214,24 @@ def _mix_chunk(heads, group, write, softcap, bounds_gmem, rows_gmem,
 
     @pl.when(kept > 0)
     def _():
-      rows = pl.ds(first, _GROUP)
-      for gmem, smem, barrier in zip((key2_gmem, value_gmem),
-                                     (key2_smem, value_smem), barriers):
-        plgpu.copy_gmem_to_smem(gmem.at[head, chunk * WARPS + warp, rows],
-                                smem.at[warp, rows], barrier)
+      four = pl.ds(first, _GROUP)
+      for gmem, smem, barrier in rows:
+        plgpu.copy_gmem_to_smem(gmem.at[head, chunk * WARPS + warp, four],
+                                smem.at[warp, four], barrier)
 
     @pl.when(kept == 0)
     def _():
       for barrier in barriers:
         plgpu.barrier_arrive(barrier)
+
+  def ask_for(kept):
+    """Starts the copies of the keys that a query keeps."""
+    kept_smem[...] = sum(kept[1:], kept[0])
+    plgpu.commit_smem()
+    flags = [[kept_smem[i // OWN, i % OWN] for i in range(j, j + _GROUP)]
+             for j in range(0, CHUNK, _GROUP)]
+    for i, flag in enumerate(flags):
+      ask(i, sum(flag[1:], flag[0]))
 
   def mix(weights):
     first = rows_gmem.shape[-1] - key2_gmem.shape[-1]
@@ -225,18 +252,17 @@ def _mix_chunk(heads, group, write, softcap, bounds_gmem, rows_gmem,
     # All loads are on their way before the first is needed.
     left = [get(g) for g in range(group)]
     weights, kept = zip(*(weigh(*x, seen) for x in left))
-    kept_smem[...] = sum(kept[1:], kept[0])
-    plgpu.commit_smem()
-    flags = [[kept_smem[i // OWN, i % OWN] for i in range(j, j + _GROUP)]
-             for j in range(0, CHUNK, _GROUP)]
-    for i, flag in enumerate(flags):
-      ask(i, sum(flag[1:], flag[0]))
+    if not eager:
+      ask_for(kept)
     for g in range(group):
       one = jnp.where(weights[g] < 0.0, 0.0, weights[g]), kept[g]
       for i, x in zip((_WEIGHT, _COUNT), one):
         mosaic_gpu.store(sum_gmem.at[head, g, i, own],
                          x.astype(jnp.float32).sum(1))
     mix(weights)
+
+  if eager:
+    wait_unseen(visible, barriers)
 
 
 def _join_chunks(heads, bounds_gmem, part_gmem, sum_gmem, y_gmem, count_gmem
@@ -280,6 +306,7 @@ def _attend(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
     Results (B, K, G, E), counts (B, K, G), and the caches as they are then.
   """
   b, k, s, width = caches[2].shape
+  eager = s <= token_attention.EAGER_UP_TO
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   # Read whole, by warps: a multiple of their lanes.
   warps, heads = 32 * pl.cdiv(s // OWN, 32), (b * k, group)
@@ -289,7 +316,7 @@ def _attend(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
   if write:
     keys = [jax.new_ref(x) for x in keys]
   scores, states = kernel(
-      functools.partial(_score_chunk, k, group, write),
+      functools.partial(_score_chunk, k, group, write, eager),
       (f32((*heads, s // OWN, OWN)), f32((*heads, 3, warps))), grid,
       key_smem=plgpu.SMEM((WARPS, OWN, caches[0].shape[-1]), jnp.bfloat16),
       barrier=plgpu.Barrier())(*inputs, *keys)
@@ -297,9 +324,9 @@ def _attend(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
     keys = [jax.freeze(x) for x in keys]
   quantile_B = quantiles(bounds_Bx3[:, 1] - bounds_Bx3[:, 0], s, top_k)
   parts, sums = kernel(
-      functools.partial(_mix_chunk, k, group, write, logit_softcap),
+      functools.partial(_mix_chunk, k, group, write, eager, logit_softcap),
       (f32((*heads, fours(s // CHUNK), 4, width)), f32((*heads, 2, warps))),
-      grid, **_mix_scratch(group, *keys[1:]))(
+      grid, **_mix_scratch(group, eager, *keys[1:]))(
           *inputs, quantile_B, *keys[1:], scores, states)
   y, counts = kernel(
       functools.partial(_join_chunks, k),

@@ -116,7 +116,6 @@ def _accumulate(select, up_activation, score, statistics, x_BxD, up_FxU,
     gmem = dict(zip(rows, rows_gmem))
     block, token, part = map(lax.axis_index, ("block", "token", "part"))
     first = (2 * block + part) * groups * GROUP
-    mosaic_gpu.wait_for_kernel_before()
     scores = [mosaic_gpu.load(
         score_gmem.at[token, pl.ds(first + i * GROUP, GROUP)], LANES,
         optimized=False) for i in range(groups)]
@@ -163,7 +162,6 @@ def _predict_and_accumulate(select, up_activation, x_1xD, gate_FxR, up_FxU,
     *rows_gmem, y_gmem, count_gmem = refs
     gmem = dict(zip(rows, rows_gmem))
     tile = lax.axis_index("block")
-    mosaic_gpu.wait_for_kernel_before()
     gpu_scores.multiply_gate(tile, x_gmem, gate_gmem, **gate)
     x = up_FxU if up_FxU is None else gpu_rows.load_x(
         x_columns_gmem, 0, up_FxU.shape[1])

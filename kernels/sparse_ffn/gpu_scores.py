@@ -96,8 +96,6 @@ def write_scores(x_gmem, gate_gmem, score_gmem, statistics_gmem, *,
     **smem: likewise.
   """
   tile = lax.axis_index("block")
-  mosaic_gpu.wait_for_kernel_before()
-  mosaic_gpu.let_kernel_after_start()
   multiply_gate(tile, x_gmem, gate_gmem, score_smem=score_smem, **smem)
   for token in range(score_gmem.shape[0]):
     score = mosaic_gpu.load(score_smem.at[:, token], LANES, optimized=False)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.dense_attention import (choose, unsupported,
                                                write_and_attend)
 
@@ -63,7 +64,14 @@ def formula(arrays, window, logit_softcap):
   return y, (key, value)
 
 
+@pytest.fixture(params=[0, 2**30], ids=["lazy", "eager"])
+def eager_up_to(request, monkeypatch):
+  """Keys are copied once it is known that they are wanted, or before."""
+  monkeypatch.setattr(token_attention, "EAGER_UP_TO", request.param)
+
+
 @interpreted
+@pytest.mark.usefixtures("eager_up_to")
 @pytest.mark.parametrize("window, logit_softcap", [
     (EVERYTHING, 0.0), (40, 2.0), (EVERYTHING, 50.0)])
 def test_against_the_formula(capfd, window, logit_softcap):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.sparse_attention import (sparse_attention, unsupported,
                                                 write_and_attend)
 
@@ -79,7 +80,14 @@ def close(y, expected):
   return error <= 4e-3 * np.linalg.norm(expected)
 
 
+@pytest.fixture(params=[0, 2**30], ids=["lazy", "eager"])
+def eager_up_to(request, monkeypatch):
+  """Keys are copied once it is known that they are wanted, or before."""
+  monkeypatch.setattr(token_attention, "EAGER_UP_TO", request.param)
+
+
 @interpreted
+@pytest.mark.usefixtures("eager_up_to")
 @pytest.mark.parametrize("window, top_k, logit_softcap", [
     (EVERYTHING, 12, 0.0), (40, 12, 2.0),
     # The best alone, and all.
@@ -97,6 +105,7 @@ def test_against_the_formula(capfd, window, top_k, logit_softcap):
 
 
 @interpreted
+@pytest.mark.usefixtures("eager_up_to")
 def test_only_kept_keys_matter():
   """NaN in any other slot does not show: beyond the row's end, before the
   window, and what no query of the group keeps."""
@@ -136,6 +145,7 @@ def turned(x, positions):
 
 
 @interpreted
+@pytest.mark.usefixtures("eager_up_to")
 def test_a_token_is_written_and_attends(capfd):
   *_, key1, key2, value, lengths = make(seed=2)
   rng = np.random.default_rng(3)

@@ -4,7 +4,6 @@ tests/gpu has what needs one.
 """
 
 import functools
-from unittest import mock
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk, gpu,
                                           sparse_ffn)
 from sparse_lm.kernels.sparse_ffn.gpu_scores import TILE
@@ -57,9 +55,7 @@ def formula(arrays, select, up_activation):
 
 def run(arrays, select, up_activation=linear):
   params = plgpu.InterpretGPUParams(detect_races=True)
-  with (plgpu.force_gpu_interpret_mode(params),
-        # The interpreter runs kernels one after another.
-        mock.patch.object(mosaic_gpu, "DEPENDENT_LAUNCH", False)):
+  with plgpu.force_gpu_interpret_mode(params):
     return jax.device_get(sparse_ffn(
         *arrays, select=select, up_activation=up_activation,
         implementation="pallas_gpu"))
