@@ -66,8 +66,14 @@ def _mix_chunk(heads, group, softcap, eager, bounds_gmem, rows_gmem, rotary_gmem
                                    (key_smem, value_smem), barriers):
       plgpu.copy_gmem_to_smem(gmem.at[head, own], smem, barrier)
 
+  def load():
+    # The newest in every block: one that had it to load later would be last.
+    return ([queries.query(g, 0, width) for g in range(group)],
+            queries.newest([width]))
+
   if eager:
     copy()
+    loaded = load()
   start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
   newest = bounds_gmem[queries.row, 2]
 
@@ -84,9 +90,7 @@ def _mix_chunk(heads, group, softcap, eager, bounds_gmem, rows_gmem, rotary_gmem
   def _():
     if not eager:
       copy()
-    query = [queries.query(g, 0, width) for g in range(group)]
-    # Of every block: one that had it to load later would be the last.
-    token = queries.newest([width])
+    query, token = loaded if eager else load()
     plgpu.barrier_wait(key_barrier)
     pl.when(newest // CHUNK == chunk)(lambda: write_newest(*token))
     seen = seen_keys(start, end)

@@ -78,8 +78,14 @@ def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem, rotary_gmem
   def copy():
     plgpu.copy_gmem_to_smem(key1_gmem.at[head, own], key_smem, barrier)
 
+  def load():
+    query = [queries.query(g, 0, width) for g in range(group)]
+    # The newest in every block: one that had it to load later would be last.
+    return query, queries.newest([width, key2_gmem.shape[-1]]) if write else ()
+
   if eager:
     copy()
+    loaded = load()
   start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
   newest = bounds_gmem[queries.row, 2]
 
@@ -94,9 +100,7 @@ def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem, rotary_gmem
   def _():
     if not eager:
       copy()
-    query = [queries.query(g, 0, width) for g in range(group)]
-    if write:  # Of every block: one that had it to load later would be last.
-      token = queries.newest([width, key2_gmem.shape[-1]])
+    query, token = loaded if eager else load()
     plgpu.barrier_wait(barrier)
     if write:
       pl.when(newest // CHUNK == chunk)(lambda: write_newest(*token))
@@ -187,18 +191,22 @@ def _mix_chunk(heads, group, write, eager, softcap, bounds_gmem, rows_gmem,
   own = pl.ds(chunk * WARPS, WARPS)
   barriers = key2_barrier, value_barrier
   rows = list(zip((key2_gmem, value_gmem), (key2_smem, value_smem), barriers))
+
+  def load(g):
+    """A query's second part, and what the first kernel has left of it."""
+    width = key2_gmem.shape[-1]
+    query = queries.query(g, rows_gmem.shape[-1] - width, width)
+    score = mosaic_gpu.load(score_gmem.at[head, g, own], KEYS.reduce(2),
+                            optimized=False)
+    return query, score, [mosaic_gpu.load(state_gmem.at[head, g, i], STATE,
+                                          optimized=False)
+                          for i in (_MEAN, _SQUARE, _BEST)]
+
   if eager:
     for gmem, smem, barrier in rows:
       plgpu.copy_gmem_to_smem(gmem.at[head, own], smem, barrier)
+    loaded = [load(g) for g in range(group)]
   start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
-
-  def get(g):
-    """What the first kernel has left of a query."""
-    score = mosaic_gpu.load(score_gmem.at[head, g, own], KEYS.reduce(2),
-                            optimized=False)
-    return score, [mosaic_gpu.load(state_gmem.at[head, g, i], STATE,
-                                   optimized=False)
-                   for i in (_MEAN, _SQUARE, _BEST)]
 
   def weigh(score, state, seen):
     """A query's weights before the second parts, and 1 for its kept keys."""
@@ -233,10 +241,7 @@ def _mix_chunk(heads, group, write, eager, softcap, bounds_gmem, rows_gmem,
     for i, flag in enumerate(flags):
       ask(i, sum(flag[1:], flag[0]))
 
-  def mix(weights):
-    first = rows_gmem.shape[-1] - key2_gmem.shape[-1]
-    query = [queries.query(g, first, key2_gmem.shape[-1])
-             for g in range(group)]
+  def mix(query, weights):
     plgpu.barrier_wait(key2_barrier)
     for g, weight in enumerate(weights):
       # What no copy has filled may hold anything: it is not selected.
@@ -250,8 +255,9 @@ def _mix_chunk(heads, group, write, eager, softcap, bounds_gmem, rows_gmem,
   def _():
     seen = seen_keys(start, end)
     # All loads are on their way before the first is needed.
-    left = [get(g) for g in range(group)]
-    weights, kept = zip(*(weigh(*x, seen) for x in left))
+    query, *left = zip(*(loaded if eager else
+                         [load(g) for g in range(group)]))
+    weights, kept = zip(*(weigh(*x, seen) for x in zip(*left)))
     if not eager:
       ask_for(kept)
     for g in range(group):
@@ -259,7 +265,7 @@ def _mix_chunk(heads, group, write, eager, softcap, bounds_gmem, rows_gmem,
       for i, x in zip((_WEIGHT, _COUNT), one):
         mosaic_gpu.store(sum_gmem.at[head, g, i, own],
                          x.astype(jnp.float32).sum(1))
-    mix(weights)
+    mix(query, weights)
 
   if eager:
     wait_unseen(visible, barriers)
