@@ -14,6 +14,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 import importlib.util  # pylint: disable=g-import-not-at-top
 import pathlib
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -59,8 +61,11 @@ def tiny_config(tiny_flags):
 
 
 @pytest.fixture(scope="session")
-def libtpu_environment():
-  """The environment of a process that finds libtpu; skips where none is."""
+def run_with_libtpu():
+  """Runs a script that compiles for TPUs: its last line; skips where it can't.
+
+  In a process of its own: libtpu is loaded, and jax flags are those of a user.
+  """
   env = dict(os.environ, JAX_PLATFORMS="cpu")
   if not os.path.isfile(env.get("TPU_LIBRARY_PATH", "")):
     env.pop("TPU_LIBRARY_PATH", None)
@@ -69,4 +74,12 @@ def libtpu_environment():
     elif not importlib.util.find_spec("libtpu"):
       pytest.skip("no libtpu: pip install --target .venv/libtpu libtpu "
                   "(Linux on x86-64 alone)")
-  return env
+
+  def run(script, *arguments):
+    process = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=env,
+        capture_output=True, text=True, timeout=1800, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout.splitlines()[-1]
+
+  return run
