@@ -10,8 +10,10 @@ HBM = 15.75e9  # of a v5e chip's 16 GB, what libtpu lets a program use
 SCRIPT = r"""
 import json, re, time
 from sparse_lm.configs import spark_2b
+from sparse_lm.model import ffn
 from sparse_lm.training import aot
 
+ffn.gated_topk = None  # Not for TPUs, whatever this machine has.
 config = spark_2b.get_config()
 lowered = aot.lower_train_step(config, aot.tpu_devices("v5e:16x16"))
 start = time.perf_counter()

@@ -135,8 +135,8 @@ def test_no_segments_are_one_document_a_row(name):
 def test_what_was_counted_is_not_counted_again(measured):
   """Whatever the activations are; padding does not count either way."""
   activity, values = measured
-  counts = {name: (getattr(activity, array) != 0).sum(-1) for name, array in (
-      ("active_neurons", "activation_BxLxF"), ("nonzero_hidden", "hidden_BxLxF"))}
+  counts = {"active_neurons": (activity.activation_BxLxF != 0).sum(-1),
+            "nonzero_hidden": (activity.hidden_BxLxF != 0).sum(-1)}
   again = measure_all(dict(vars(make(seed=1)), counts=counts))
   for name in counts:
     assert again[name] == values[name] and again[name].dtype == jnp.float32
