@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from sparse_lm.kernels import mosaic_gpu
 
 # Keys of a chunk, of a warp.
-CHUNK, OWN = 64, 16
+CHUNK, OWN = 32, 8
 WARPS = CHUNK // OWN
 # A copy's longest dimension.
 COLUMNS = 256

@@ -21,6 +21,7 @@ and with several; gated_*: statistical top-k, activation and product as one.
 from collections.abc import Sequence
 import json
 import pathlib
+from typing import Any
 
 from sparse_lm import cli
 from sparse_lm.errors import UserError
@@ -38,6 +39,22 @@ def _numbers(flag: str, text: str, example: str = "1,8", separator: str = ",",
   if min(values) < 1:
     raise UserError(f"--{flag}={text}: must be above 0")
   return values
+
+
+def _table(result: dict[str, Any]) -> str:
+  """What a suite measured, for a terminal."""
+  title = (f"{result['suite']} on {result['device']}, {result['dtype']}, jax "
+           f"{result['jax']}")
+  if "gigabytes_per_second" in result:
+    title += f", {result['gigabytes_per_second']:.1f} GB/s read"
+  heads = list(result["rows"][0])
+  lines = [heads] + [
+      [f"{row[head]:.3f}" if isinstance(row[head], float) else str(row[head])
+       for head in heads] for row in result["rows"]]
+  widths = [2 + max(map(len, column)) for column in zip(*lines)]
+  return "\n".join([title] + [
+      "".join(cell.rjust(width) for cell, width in zip(line, widths))
+      for line in lines])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
                              _numbers("tokens", args.tokens))
   else:
     result = timing.time_decode(args.layers, _numbers("prompts", args.prompts))
-  print(timing.table(result))
+  print(_table(result))
   if args.output:
     args.output.write_text(json.dumps(result, indent=1) + "\n")
 

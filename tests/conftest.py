@@ -1,8 +1,14 @@
 """The suite runs on a CPU that shows itself as eight devices."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A program that is compiled again, here or in a subprocess, is read from here.
+COMPILED = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # pylint: disable=g-import-not-at-top
 
@@ -14,6 +20,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 import importlib.util  # pylint: disable=g-import-not-at-top
 import pathlib
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -59,8 +67,11 @@ def tiny_config(tiny_flags):
 
 
 @pytest.fixture(scope="session")
-def libtpu_environment():
-  """The environment of a process that finds libtpu; skips where none is."""
+def run_with_libtpu():
+  """Runs a script that compiles for TPUs: its last line; skips where it can't.
+
+  In a process of its own: libtpu is loaded, and jax flags are those of a user.
+  """
   env = dict(os.environ, JAX_PLATFORMS="cpu")
   if not os.path.isfile(env.get("TPU_LIBRARY_PATH", "")):
     env.pop("TPU_LIBRARY_PATH", None)
@@ -69,4 +80,12 @@ def libtpu_environment():
     elif not importlib.util.find_spec("libtpu"):
       pytest.skip("no libtpu: pip install --target .venv/libtpu libtpu "
                   "(Linux on x86-64 alone)")
-  return env
+
+  def run(script, *arguments):
+    process = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=env,
+        capture_output=True, text=True, timeout=1800, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout.splitlines()[-1]
+
+  return run

@@ -1,4 +1,8 @@
-"""The commands, as subprocesses: what they print, write and refuse."""
+"""The commands: what they print, write and refuse.
+
+Each runs as a subprocess. What one does after another has shown that it starts
+runs in this process: `main` is all that `cli.run` calls.
+"""
 
 import json
 import os
@@ -11,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from sparse_lm import compare, shift_threshold
+from sparse_lm import compare, evaluate, generate, shift_threshold, train
 from sparse_lm.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,25 +24,20 @@ PROCESS = KILL_AT.with_name("process.py")
 NUM_STEPS = 12  # of tests/tiny.py
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-  """One device, and compiled programs shared between the subprocesses."""
-  return dict(os.environ, JAX_PLATFORMS="cpu",
-              JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("xla")),
-              JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-              JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
+# One device. Each process would compile every small program anew.
+ENVIRONMENT = dict(os.environ, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
 
 
 @pytest.fixture(scope="session")
-def call(environment):
-  """Runs a command to its end."""
+def call():
+  """Runs a command to its end, as a user does."""
 
   def run(*arguments, stdin=""):
     command, *rest = map(str, arguments)
     prefix = ([command] if command.endswith(".py")
               else ["-m", f"sparse_lm.{command}"])
     return subprocess.run(
-        [sys.executable, *prefix, *rest], env=environment, cwd=ROOT,
+        [sys.executable, *prefix, *rest], env=ENVIRONMENT, cwd=ROOT,
         input=stdin, capture_output=True, text=True, timeout=300, check=False)
 
   return run
@@ -94,7 +93,7 @@ def test_a_complete_run_says_so(call, tiny_flags, tiny_run):
   assert "name another --workdir" in result.stdout
 
 
-def test_evaluate_agrees_with_training(call, tiny_run):
+def test_evaluate_agrees_with_training(call, tiny_run, capsys):
   workdir, _ = tiny_run
   result = call("evaluate", f"--workdir={workdir}", "--batches=2", "--json")
   assert result.returncode == 0, result.stderr
@@ -103,13 +102,13 @@ def test_evaluate_agrees_with_training(call, tiny_run):
   for name in ("loss", "bits_per_byte", "active_fraction_N",
                "attended_keys_N"):
     np.testing.assert_allclose(values[name], last[name], rtol=1e-4)
-  table = call("evaluate", f"--workdir={workdir}", "--split=test")
-  assert table.returncode == 0, table.stderr
+  evaluate.main([f"--workdir={workdir}", "--split=test"])
+  table = capsys.readouterr().out
   for part in ("split test", "test loss", "active neurons"):
-    assert part in table.stdout
+    assert part in table
 
 
-def test_generate(call, tiny_run):
+def test_generate(call, tiny_run, capsys):
   workdir, _ = tiny_run
   flags = [f"--workdir={workdir}", "--max_new_tokens=12", "--temperature=0"]
   streamed = call("generate", *flags, "--prompt=the ")
@@ -123,9 +122,13 @@ def test_generate(call, tiny_run):
   assert whole["ffn_implementations"] == ["xla", "xla"]
   # Too few keys for that.
   assert whole["attention_implementations"] == ["dense", "dense"]
-  drawn = [call("generate", *flags[:2], "--temperature=1", "--top_k=9",
-                f"--seed={seed}", "--prompt=the ").stdout for seed in (1, 1, 2)]
+  drawn = []
+  for seed in (1, 1, 2):
+    generate.main([*flags[:2], "--temperature=1", "--top_k=9",
+                   f"--seed={seed}", "--prompt=the "])
+    drawn.append(capsys.readouterr().out)
   assert drawn[0] == drawn[1] != drawn[2]
+  assert all(len(text) > len("the ") for text in drawn)
 
 
 def final_state(workdir):
@@ -168,13 +171,13 @@ def test_killed_again_and_again_is_as_uninterrupted(call, tiny_flags, tiny_run,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(environment, call, tiny_flags,
+def test_a_signal_saves_and_the_run_goes_on(call, tiny_flags,
                                             tiny_run, tmp_path, number):
   workdir = tmp_path / "tiny"
   flags = [*tiny_flags, f"--workdir={workdir}"]
   process = subprocess.Popen(
       [sys.executable, "-u", "-m", "sparse_lm.train", *flags], cwd=ROOT,
-      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       text=True)
   seen = []
   for line in process.stdout:
@@ -191,7 +194,7 @@ def test_a_signal_saves_and_the_run_goes_on(environment, call, tiny_flags,
   assert_same_end(workdir, tiny_run[0], splits=[])
 
 
-def test_two_processes_train_one_model(environment, call, tiny_flags, tmp_path):
+def test_two_processes_train_one_model(tiny_flags, tmp_path, capsys):
   """Each with its share of the documents; one process evaluates the result.
 
   Held-out batches do not depend on the number of processes, so its loss must
@@ -203,16 +206,17 @@ def test_two_processes_train_one_model(environment, call, tiny_flags, tmp_path):
     port = s.getsockname()[1]
   processes = [subprocess.Popen(
       [sys.executable, str(PROCESS), str(index), "2", str(port), *tiny_flags,
-       f"--workdir={workdir}"], cwd=ROOT, env=environment, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for index in (0, 1)]
+       f"--workdir={workdir}", "--config.training.num_steps=6",
+       "--config.training.checkpoint_every=6"], cwd=ROOT, env=ENVIRONMENT,
+      text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for index in (0, 1)]
   results = [process.communicate(timeout=300) for process in processes]
   for process, (_, errors) in zip(processes, results):
     assert process.returncode == 0, errors
-  assert "step 12/12" in results[0][0] and "step" not in results[1][0]
-  assert [line["step"] for line in lines_of(workdir, "train")] == [
-      2, 4, 6, 8, 10, 12]
-  result = call("evaluate", f"--workdir={workdir}", "--batches=2", "--json")
-  np.testing.assert_allclose(json.loads(result.stdout)["loss"],
+  assert "step 6/6" in results[0][0] and "step" not in results[1][0]
+  assert [line["step"] for line in lines_of(workdir, "train")] == [2, 4, 6]
+  evaluate.main([f"--workdir={workdir}", "--batches=2", "--json"])
+  np.testing.assert_allclose(json.loads(capsys.readouterr().out)["loss"],
                              lines_of(workdir, "eval")[-1]["loss"], rtol=1e-4)
 
 
@@ -237,25 +241,45 @@ def refused(result, *parts):
     assert part in error
 
 
-def test_train_refuses_bad_flags_before_it_starts(call, tiny_flags, tmp_path):
+def refused_here(main, arguments, *parts):
+  """In this process: of such an error `cli.run` makes what `refused` checks."""
+  with pytest.raises(UserError) as error:
+    main(list(map(str, arguments)))
+  assert "\n" not in str(error.value)
+  for part in parts:
+    assert part in str(error.value)
+
+
+@pytest.fixture
+def train_main(monkeypatch):
+  """`train.main` for this process, which is too old to join a cluster."""
+  monkeypatch.setattr(train.mesh, "join_cluster", lambda config: None)
+  return train.main
+
+
+def test_train_refuses_bad_flags_before_it_starts(call, train_main, tiny_flags,
+                                                  tmp_path):
   workdir = tmp_path / "run"
   at = f"--workdir={workdir}"
   refused(call("train", at), "--config")
-  refused(call("train", "--config=nowhere.py", at), "--config=nowhere.py")
-  refused(call("train", *tiny_flags, at, "--config.model.ffn.activ=relu"),
-          "config.model.ffn.activ", "config.model.ffn.activation")
-  refused(call("train", *tiny_flags, at, "--config.model.ffn.activation=swish"),
-          "config.model.ffn.activation", "gelu_tanh")
-  refused(call("train", *tiny_flags, at, "--config.training.mesh.data=3"),
-          "config.training.mesh", "1 device")
+  for flags, *parts in [
+      (["--config=nowhere.py"], "--config=nowhere.py"),
+      ([*tiny_flags, "--config.model.ffn.activ=relu"],
+       "config.model.ffn.activ", "config.model.ffn.activation"),
+      ([*tiny_flags, "--config.model.ffn.activation=swish"],
+       "config.model.ffn.activation", "gelu_tanh"),
+      ([*tiny_flags, "--config.training.mesh.data=3"],
+       "config.training.mesh", "8 device")]:
+    refused_here(train_main, [at, *flags], *parts)
   assert not (workdir / "config.json").exists()
 
 
-def test_train_refuses_bad_folders(call, tiny_flags, tiny_run, tmp_path):
+def test_train_refuses_bad_folders(call, train_main, tiny_flags, tiny_run,
+                                   tmp_path):
   a_file = tmp_path / "file"
   a_file.write_text("")
-  refused(call("train", *tiny_flags, f"--workdir={a_file}/run"),
-          f"--workdir={a_file}/run", "cannot be written")
+  refused_here(train_main, [*tiny_flags, f"--workdir={a_file}/run"],
+               f"--workdir={a_file}/run", "cannot be written")
   before = sorted(tiny_run[0].rglob("*"))
   refused(call("train", *tiny_flags, f"--workdir={tiny_run[0]}",
                "--config.training.seed=7"), "another config",
@@ -263,19 +287,18 @@ def test_train_refuses_bad_folders(call, tiny_flags, tiny_run, tmp_path):
   assert sorted(tiny_run[0].rglob("*")) == before
 
 
-def test_train_refuses_bad_data(call, tiny_flags, tmp_path):
-  at = f"--workdir={tmp_path / 'run'}"
-  refused(call("train", *tiny_flags, at, f"--config.data.path={tmp_path}/no"),
-          "config.data.path", f"{tmp_path}/no")
-  refused(call("train", *tiny_flags, at, "--config.model.vocab_size=100"),
-          "config.model.vocab_size", "100", "257")
-  refused(call("train", *tiny_flags, at,
-               "--config.model.context_length=1000000"),
-          "config.model.context_length")
+@pytest.mark.parametrize("key, value, parts", [
+    ("data.path", "/nowhere/at/all", ["/nowhere/at/all"]),
+    ("model.vocab_size", 100, ["100", "257"]),
+    ("model.context_length", 1000000, [])])
+def test_train_refuses_bad_data(train_main, tiny_flags, tmp_path, key, value,
+                                parts):
+  refused_here(train_main, [*tiny_flags, f"--workdir={tmp_path / 'run'}",
+                            f"--config.{key}={value}"], f"config.{key}", *parts)
 
 
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
-    call, tiny_flags, tmp_path):
+    call, tiny_flags, tmp_path, capsys):
   workdir = tmp_path / "run"
   # The rate grows until something overflows, after the first checkpoint.
   result = call("train", *tiny_flags, f"--workdir={workdir}",
@@ -291,8 +314,8 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
                if p.name.isdigit())
   assert 0 < newest <= step - 1
   # What is left is good: its own loss is finite.
-  good = call("evaluate", f"--workdir={workdir}", "--json")
-  assert np.isfinite(json.loads(good.stdout)["loss"])
+  evaluate.main([f"--workdir={workdir}", "--json"])
+  assert np.isfinite(json.loads(capsys.readouterr().out)["loss"])
 
 
 @pytest.fixture(scope="session")
@@ -317,7 +340,7 @@ def get_suite(size):
 
 
 def test_compare_trains_what_is_missing_and_writes_the_results(
-    call, mini_suite, tmp_path):
+    call, mini_suite, tmp_path, capsys):
   flags = [f"--suite={mini_suite}", "--size=s",
            f"--workdir={tmp_path / 'runs'}",
            f"--results={tmp_path / 'results'}"]
@@ -326,10 +349,10 @@ def test_compare_trains_what_is_missing_and_writes_the_results(
   assert first.returncode == 0, first.stderr
   assert "[1/1] Spark, seed 0" in first.stdout
   assert "Not trained: ReGLU" in (tmp_path / "results/mini_s.md").read_text()
-  both = call("compare", *flags)
-  assert both.returncode == 0, both.stderr
-  assert "[2/2] ReGLU, seed 0" in both.stdout
-  assert "[1/2]" not in both.stdout  # Spark was trained.
+  compare.main(flags)
+  both = capsys.readouterr().out
+  assert "[2/2] ReGLU, seed 0" in both
+  assert "[1/2]" not in both  # Spark was trained.
   results = json.loads((tmp_path / "results/mini_s.json").read_text())
   assert [list(m["runs"]) for m in results["methods"]] == [["0"], ["0"]]
   table = (tmp_path / "results/mini_s.md").read_text()
@@ -341,8 +364,9 @@ def test_compare_trains_what_is_missing_and_writes_the_results(
                f"--output={shifted}", "--thresholds=0.01,1000", "--batches=1")
   assert shift.returncode == 0, shift.stderr
   assert "chosen: threshold " in shift.stdout
-  assert call("generate", f"--workdir={shifted}", "--prompt=the ",
-              "--max_new_tokens=4").returncode == 0
+  capsys.readouterr()
+  generate.main([f"--workdir={shifted}", "--prompt=the ", "--max_new_tokens=4"])
+  assert capsys.readouterr().out.startswith("the ")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -378,10 +402,30 @@ def test_shift_threshold_refuses(tiny_run, tmp_path, flags, message):
 def test_evaluate_and_generate_refuse(call, tiny_run, tmp_path):
   at = f"--workdir={tiny_run[0]}"
   refused(call("evaluate", f"--workdir={tmp_path}"), str(tmp_path), "no run")
-  refused(call("evaluate", at, "--split=nowhere"), "nowhere", "validation")
-  refused(call("generate", at, f"--prompt={'a' * 40}"), "--prompt",
-          "41 tokens do not fit the model's context of 32")
   refused(call("generate", at, "--temperature=hot"), "--temperature")
-  refused(call("generate", at, "--top_p=2"), "--top_p")
-  refused(call("generate", at, "--step=5"), "no checkpoint 5")
-  refused(call("evaluate", at, "--batches=0"), "--batches=0")
+  for main, flag, *parts in [
+      (evaluate.main, "--split=nowhere", "nowhere", "validation"),
+      (evaluate.main, "--batches=0", "--batches=0"),
+      (generate.main, f"--prompt={'a' * 40}", "--prompt",
+       "41 tokens do not fit the model's context of 32"),
+      (generate.main, "--top_p=2", "--top_p"),
+      (generate.main, "--step=5", "no checkpoint 5")]:
+    refused_here(main, [at, flag], *parts)
+
+
+def test_benchmark(call, tmp_path):
+  output = tmp_path / "rows.json"
+  result = call("benchmark", "--suite=topk_training", "--shape=8,16,64,4",
+                f"--output={output}")
+  assert result.returncode == 0, result.stderr
+  title, heads, *lines = result.stdout.splitlines()
+  assert title.startswith("topk_training on cpu, bfloat16, jax ")
+  rows = json.loads(output.read_text())["rows"]
+  assert [row["topk"] for row in rows] == [
+      "none", "statistical", "top_k", "approx_max_k", "gated_xla"]
+  assert rows[0]["ratio"] == 1 and all(row["ms"] > 0 for row in rows)
+  # Columns end where their heads do.
+  assert heads.split() == list(rows[0])
+  for line, row in zip(lines, rows, strict=True):
+    assert len(line) == len(heads) and line.split() == [
+        row["topk"], *(f"{row[name]:.3f}" for name in ("ms", "ratio", "MB"))]

@@ -32,16 +32,17 @@ def choose(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gated_topk(implementation, rule, score_NxF, up_NxF):
-  return IMPLEMENTATIONS[implementation].forward(rule, score_NxF, up_NxF)[0]
+  return _forward(implementation, rule, score_NxF, up_NxF)[0]
 
 
 def _forward(implementation, rule, score_NxF, up_NxF):
-  h_NxF, mean_N, std_N = IMPLEMENTATIONS[implementation].forward(
+  h_NxF, mean_N, std_N, *counts = IMPLEMENTATIONS[implementation].forward(
       rule, score_NxF, up_NxF)
-  return h_NxF, (score_NxF, up_NxF, mean_N, std_N)
+  return (h_NxF, *counts), (score_NxF, up_NxF, mean_N, std_N)
 
 
-def _backward(implementation, rule, residuals, d_h_NxF):
+def _backward(implementation, rule, residuals, gradients):
+  d_h_NxF, *_ = gradients  # Counts have none.
   return IMPLEMENTATIONS[implementation].backward(rule, *residuals, d_h_NxF)
 
 
@@ -51,7 +52,8 @@ _gated_topk.defvjp(_forward, _backward)
 def gated_topk(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
                quantile: float, activation: Activation,
                up_activation: Activation = _linear, bessel: bool = False,
-               implementation: str | None = None) -> jax.Array:
+               implementation: str | None = None, return_counts: bool = False
+               ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
   """activation(max(score - theta, 0)) * up_activation(up), by rows.
 
   theta = mean + quantile * std of the row's scores: statistical top-k, and all
@@ -69,9 +71,11 @@ def gated_topk(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
     bessel: divide the variance by F - 1, not by F.
     implementation: a key of `IMPLEMENTATIONS`; None: `choose`'s. "pallas_gpu"
       is of one device's rows: on a mesh it needs `jax.shard_map`.
+    return_counts: also count what is not 0, which takes no further pass.
 
   Returns:
-    An array of score's shape and type.
+    An array of score's shape and type. With `return_counts` also, for each row
+    (N,), how many activations of it are not 0, and how many of the results.
 
   Raises:
     ValueError: on an unknown implementation, or one that cannot serve these.
@@ -87,4 +91,5 @@ def gated_topk(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
     if reason:
       raise ValueError(f"implementation='pallas_gpu' {reason}")
   rule = Rule(float(quantile), activation, up_activation, bessel)
-  return _gated_topk(implementation, rule, score_NxF, up_NxF)
+  outs = _gated_topk(implementation, rule, score_NxF, up_NxF)
+  return outs if return_counts else outs[0]

@@ -150,10 +150,21 @@ class _Block:
 
   def add(self, f, sums, barrier) -> jax.Array:
     """The sum over the row of f(lines), a piece's numbers."""
-    zeros = plgpu.layout_cast(jnp.zeros((_WARPS, _LINE), jnp.float32), _LAYOUT)
-    sum_by_thread = self.loop(lambda lines, sums: sums + f(lines), zeros)
-    sums[pl.ds(self.thread * _WARPS, _WARPS)] = sum_by_thread.sum(1)
+    self.leave(self.loop(lambda lines, sums: sums + f(lines), self.zeros()),
+               sums)
     self.meet(barrier)
+    return self.total(sums)
+
+  def zeros(self) -> jax.Array:
+    """Where a thread's sum starts."""
+    return plgpu.layout_cast(jnp.zeros((_WARPS, _LINE), jnp.float32), _LAYOUT)
+
+  def leave(self, sum_by_thread, sums) -> None:
+    """Writes this warpgroup's share of a sum where the others find it."""
+    sums[pl.ds(self.thread * _WARPS, _WARPS)] = sum_by_thread.sum(1)
+
+  def total(self, sums) -> jax.Array:
+    """The sum of what all have left; they have met."""
     total = sums[0]
     for i in range(1, self._threads * _WARPS):
       total += sums[i]
@@ -184,8 +195,12 @@ def _load(smem, lines) -> jax.Array:
   return mosaic_gpu.load(smem.at[lines], _LAYOUT).astype(jnp.float32)
 
 
-def _forward_row(rule: Rule, gmems, h_gmem, mean_gmem, std_gmem, *, smems,
-                 sums_smem, fetched, met) -> None:
+def _not_0(x: jax.Array) -> jax.Array:
+  return jnp.where(x != 0.0, 1.0, 0.0)
+
+
+def _forward_row(rule: Rule, gmems, h_gmem, mean_gmem, std_gmem, count_gmems,
+                 *, smems, sums_smem, fetched, met) -> None:
   """A row of h.
 
   Args:
@@ -194,8 +209,9 @@ def _forward_row(rule: Rule, gmems, h_gmem, mean_gmem, std_gmem, *, smems,
     h_gmem: written, like these.
     mean_gmem: written, (N,).
     std_gmem: written, (N,).
+    count_gmems: written, (N,): activations that are not 0, and results.
     smems: for this row of score and up.
-    sums_smem: (2, warps): what the warps have added up, of two sums.
+    sums_smem: (4, warps): what the warps have added up, of four sums.
     fetched: when score is here, when up is.
     met: where the warpgroups wait for each other.
   """
@@ -223,15 +239,24 @@ def _forward_row(rule: Rule, gmems, h_gmem, mean_gmem, std_gmem, *, smems,
   if len(smems) > 1:
     plgpu.barrier_wait(fetched.at[1])
 
-  def write(lines, carry):
+  def write(lines, counts):
+    active, nonzero = counts
     h = _evaluate(gate, jnp.maximum(_load(score_smem, lines) - theta, 0.0))[0]
+    active += _not_0(h)
     if len(smems) > 1:
       h *= _evaluate(branch, _load(smems[1], lines))[0]
     smems[-1][lines] = h.astype(score_smem.dtype)
-    return carry
+    return active, nonzero + _not_0(h)
 
-  block.loop(write)
+  for i, counts in enumerate(block.loop(write, (block.zeros(),) * 2)):
+    block.leave(counts, sums_smem.at[2 + i])
   block.send(smems[-1], h_gmem, met.at[2])
+
+  @pl.when(block.thread == 0)
+  def _():
+    for i, count_gmem in enumerate(count_gmems):
+      count_gmem[block.row] = block.total(sums_smem.at[2 + i])
+
   block.finish()
 
 
@@ -246,7 +271,7 @@ def _backward_row(rule: Rule, gmems, mean_gmem, std_gmem, d_gmems, *, smems,
     std_gmem: of score's rows (N,).
     d_gmems: written: the gradients of score and up, or of score alone.
     smems: for this row of h's gradient, score and up.
-    sums_smem: (1, warps): what the warps have added up.
+    sums_smem: (4, warps): what the warps have added up, in the first row.
     fetched: when each of the row's arrays is here.
     met: where the warpgroups wait for each other.
   """
@@ -300,7 +325,7 @@ def _kernel(body, threads: int, rows: tuple[jax.Array, ...], out_type):
   n, lines, _ = rows[0].shape
   scratch = dict(
       smems=[plgpu.SMEM((lines, _LINE), x.dtype) for x in rows],
-      sums_smem=plgpu.SMEM((2, threads * _WARPS), jnp.float32),
+      sums_smem=plgpu.SMEM((4, threads * _WARPS), jnp.float32),
       fetched=plgpu.Barrier(num_barriers=len(rows)),
       met=plgpu.Barrier(num_arrivals=threads, num_barriers=3))
   return plgpu.kernel(
@@ -315,18 +340,19 @@ def _lines(x_NxF: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(rule: Rule, score_NxF: jax.Array, up_NxF: jax.Array | None
-            ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """As `xla.forward`; what it serves, `unsupported` says."""
   rows = tuple(_lines(x) for x in (score_NxF, up_NxF) if x is not None)
   row = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
   number = jax.ShapeDtypeStruct(rows[0].shape[:1], jnp.float32)
 
   def body(*refs, **scratch):
-    _forward_row(rule, refs[:len(rows)], *refs[len(rows):], **scratch)
+    h, mean, std, *counts = refs[len(rows):]
+    _forward_row(rule, refs[:len(rows)], h, mean, std, counts, **scratch)
 
-  h, mean_N, std_N = _kernel(body, _FORWARD_THREADS, rows,
-                             (row, number, number))(*rows)
-  return h.reshape(score_NxF.shape), mean_N, std_N
+  h, *numbers = _kernel(body, _FORWARD_THREADS, rows,
+                        (row, *[number] * 4))(*rows)
+  return h.reshape(score_NxF.shape), *numbers
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -19,8 +19,11 @@ def _gate(rule: Rule, score_NxF, mean_N, std_N):
 
 
 def forward(rule: Rule, score_NxF: jax.Array, up_NxF: jax.Array | None
-            ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """h (N, F), and the mean and std of each row of scores (N,)."""
+            ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+  """h (N, F); of each row (N,): the scores' mean and std, and two counts.
+
+  How many activations are not 0, and how many entries of h, in float32.
+  """
   wide_NxF, count = _wide(score_NxF), score_NxF.shape[1]
   # About the row's first entry, since squares about 0 would leave few digits
   # of the variance where the mean is far from it; and both sums in one pass.
@@ -31,9 +34,11 @@ def forward(rule: Rule, score_NxF: jax.Array, up_NxF: jax.Array | None
   std_N = rule.deviation(jnp.maximum(squares_N, 0), count)
   mean_N += pivot_Nx1[:, 0]
   h_NxF, _ = _gate(rule, score_NxF, mean_N, std_N)
+  active_N = (h_NxF != 0).sum(1, dtype=jnp.float32)
   if up_NxF is not None:
     h_NxF *= rule.up_activation(_wide(up_NxF))
-  return h_NxF.astype(score_NxF.dtype), mean_N, std_N
+  nonzero_N = (h_NxF != 0).sum(1, dtype=jnp.float32)
+  return h_NxF.astype(score_NxF.dtype), mean_N, std_N, active_N, nonzero_N
 
 
 def backward(rule: Rule, score_NxF: jax.Array, up_NxF: jax.Array | None,

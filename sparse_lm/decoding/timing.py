@@ -229,16 +229,3 @@ def time_decode(num_layers: int, prompts: Sequence[int],
   return dict(suite="decode", layers=num_layers, device=_device(),
               dtype=dtype.name, jax=jax.__version__,
               gigabytes_per_second=bandwidth / 1e9, rows=rows)
-
-
-def table(result: Result) -> str:
-  """The rows for a terminal."""
-  lines = [f"{result['suite']} on {result['device']}, {result['dtype']}, jax "
-           f"{result['jax']}, {result['gigabytes_per_second']:.1f} GB/s read"]
-  heads = list(result["rows"][0])
-  lines.append("".join(f"{head:>16}" for head in heads))
-  for row in result["rows"]:
-    lines.append("".join(
-        f"{row[head]:>16.3f}" if isinstance(row[head], float)
-        else f"{row[head]:>16}" for head in heads))
-  return "\n".join(lines)

@@ -47,6 +47,9 @@ class Activity:
   hidden_BxLxF: jax.Array  # the intermediate output, down's input
   # Above 0 where a neuron is active: the gate less the activation's threshold.
   margin_BxLxF: jax.Array
+  # Of each token (B, L), by the measure's name: what was counted on the way,
+  # and need not be counted by reading the activations again.
+  counts: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
   def measure(self, names: Sequence[str], counted_BxL: jax.Array,
               segments_BxL: jax.Array | None) -> dict[str, jax.Array]:
@@ -59,7 +62,9 @@ class Activity:
     """
     sums = {}
     for name in names:
-      if name in _MEASURES:
+      if name in self.counts:
+        sums[name] = self.counts[name].sum(where=counted_BxL, dtype=jnp.float32)
+      elif name in _MEASURES:
         sums[name] = _MEASURES[name](self, counted_BxL, segments_BxL)
       else:
         kind, length = name.rsplit("_", 1)

@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import WITH_THRESHOLD, FFNConfig, LinearInputsConfig
+from sparse_lm.kernels.gaussian import quantile
+from sparse_lm.kernels.statistical_topk import gated_topk
 from sparse_lm.model import sparsify
 from sparse_lm.model.activations import make_activation
-from sparse_lm.model.activity import Activity
+from sparse_lm.model.activity import COUNTS, Activity
 from sparse_lm.model.layers import normal_param, project
 from sparse_lm.model.sharding import constrain
 
@@ -90,15 +92,52 @@ class FFN(nnx.Module):
     """
     x_gate, x_up = self.split_input(x_BxLxD)
     score_BxLxF = constrain(self.project_gate(x_gate), "BxLxF")
+    up_BxLxF = None if self.config.shape == "plain" else self.project_up(x_up)
+    # What is not measured of these the compiler leaves out.
     gate_BxLxF = _apply_where(sparse, score_BxLxF, self.config)
-    activation_BxLxF = h_BxLxF = self.activation(gate_BxLxF)
-    if self.config.shape != "plain":
-      h_BxLxF = h_BxLxF * self.up_activation(self.project_up(x_up))
-    margin_BxLxF = score_BxLxF
+    activation_BxLxF = self.activation(gate_BxLxF)
+    margin_BxLxF, counts = score_BxLxF, {}
     if self.config.activation in WITH_THRESHOLD:
       margin_BxLxF = score_BxLxF - self.config.threshold
-    return Activity(gate_BxLxF, activation_BxLxF,
-                    sparsify.sparsify_input(h_BxLxF, self.inputs), margin_BxLxF)
+    if self._in_one_pass(sparse):
+      h_BxLxF, counts = self._gated_topk(score_BxLxF, up_BxLxF)
+    else:
+      h_BxLxF = activation_BxLxF
+      if up_BxLxF is not None:
+        h_BxLxF = h_BxLxF * self.up_activation(up_BxLxF)
+      h_BxLxF = sparsify.sparsify_input(h_BxLxF, self.inputs)
+    return Activity(gate_BxLxF, activation_BxLxF, h_BxLxF, margin_BxLxF, counts)
+
+  def _in_one_pass(self, sparse: bool | jax.Array) -> bool:
+    """Whether `gated_topk` stands between the matrices.
+
+    It is the same function of the same arrays. On TPUs it would move more
+    bytes: there XLA makes its parts parts of the matrix products.
+    """
+    config, mesh = self.config, jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device or jax.devices()[0]
+    return (sparse is True and config.sparsifier == "statistical_topk"
+            and config.huber_delta == 0
+            and config.num_active < config.num_neurons
+            and self.inputs.sparsifier == "none" and device.platform != "tpu")
+
+  def _gated_topk(self, score_BxLxF: jax.Array, up_BxLxF: jax.Array | None
+                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`down`'s input, and what is counted on the way."""
+    def rows(x):
+      return x if x is None else x.reshape(-1, x.shape[-1])
+
+    config, mesh = self.config, jax.sharding.get_abstract_mesh()
+    h_NxF, *counts_N = gated_topk(
+        rows(score_BxLxF), rows(up_BxLxF),
+        quantile=quantile(config.num_active, config.num_neurons),
+        activation=self.activation, up_activation=self.up_activation,
+        bessel=config.bessel, return_counts=True,
+        # The compiler does not split a kernel over devices.
+        implementation=None if mesh.empty or mesh.size == 1 else "xla")
+    counts = {name: x_N.reshape(score_BxLxF.shape[:2])
+              for name, x_N in zip(COUNTS, counts_N, strict=True)}
+    return h_NxF.reshape(score_BxLxF.shape), counts
 
   def __call__(self, x_BxLxD: jax.Array,
                sparse: bool | jax.Array = True) -> tuple[jax.Array, Activity]:

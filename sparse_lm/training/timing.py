@@ -54,7 +54,8 @@ def _with_gradient(f: Callable) -> Callable:
 
 
 def _device() -> dict[str, str]:
-  return dict(device=jax.devices()[0].device_kind, jax=jax.__version__)
+  return dict(device=jax.devices()[0].device_kind, dtype="bfloat16",
+              jax=jax.__version__)
 
 
 def _swap(x: jax.Array) -> jax.Array:
@@ -208,15 +209,3 @@ def time_topk(tokens: int, model_dim: int, neurons: int,
   rows = [dict(topk=name, ms=ms, ratio=ms / times["none"], MB=sizes[name] / 1e6)
           for name, ms in times.items()]
   return dict(_device(), suite="topk_training", tokens=tokens, rows=rows)
-
-
-def table(result: Result) -> str:
-  """The rows for a terminal."""
-  lines = [f"{result['suite']} on {result['device']}, bfloat16, jax "
-           f"{result['jax']}"]
-  heads = list(result["rows"][0])
-  lines.append("".join(f"{head:>22}" for head in heads))
-  for row in result["rows"]:
-    lines.append("".join(f"{row[head]:>22.3f}" if isinstance(row[head], float)
-                         else f"{row[head]:>22}" for head in heads))
-  return "\n".join(lines)

@@ -28,6 +28,11 @@ def plain(score, up, *, quantile, activation, up_activation, bessel):
   return h if up is None else h * up_activation(up)
 
 
+def plain_counts(score, up, **rest):
+  """Of each row, activations that are not 0, and results."""
+  return [(plain(score, x, **rest) != 0).sum(1) for x in (None, up)]
+
+
 def draw(shape, with_up, dtype, mean=0.0):
   """Scores of that mean, up, and the gradient of the result."""
   score, up, d_h = np.random.default_rng(0).normal(size=(3, *shape))
@@ -39,6 +44,11 @@ def draw(shape, with_up, dtype, mean=0.0):
 def value_and_gradients(f, score, up, d_h):
   h, pull = jax.vjp(f, score, up)
   return h, *pull(d_h)
+
+
+def counts_of(f, score, up):
+  """As `plain_counts`, of `gated_topk` with all but its arrays."""
+  return f(score, up, return_counts=True)[1:]
 
 
 def assert_close(got, expected, **tolerance):
@@ -54,9 +64,25 @@ def test_equals_autodiff(names, bessel):
   rest = dict(quantile=0.7, bessel=bessel, **make(*names))
   with jax.enable_x64(True):
     arrays = draw((5, 37), names[1], jnp.float64, mean=-50.0)
-    got = value_and_gradients(functools.partial(gated_topk, **rest), *arrays)
+    f = functools.partial(gated_topk, **rest)
+    got = value_and_gradients(f, *arrays)
     expected = value_and_gradients(functools.partial(plain, **rest), *arrays)
+    np.testing.assert_array_equal(counts_of(f, *arrays[:2]),
+                                  plain_counts(*arrays[:2], **rest))
   assert_close(got, expected, atol=1e-10)
+
+
+def test_what_is_0_beside_the_threshold_does_not_count():
+  """A neuron is cut by its activation too, a result by the other branch."""
+  arrays = draw((6, 99), True, jnp.float32)[:2]
+  rest = dict(quantile=0.5, bessel=False, up_activation=jax.nn.relu,
+              activation=activations.make_activation("fatrelu", 0.4))
+  active, nonzero = counts_of(functools.partial(gated_topk, **rest), *arrays)
+  np.testing.assert_array_equal([active, nonzero],
+                                plain_counts(*arrays, **rest))
+  above = plain_counts(*arrays, **rest | make("relu", "relu"))[0]
+  assert (0 < nonzero).all() and (nonzero < active).all() and (
+      active < above).all()
 
 
 def test_rows_of_equal_entries_have_finite_gradients():
@@ -85,7 +111,9 @@ def test_pallas_gpu_interpreted(names):
   with plgpu.force_gpu_interpret_mode(
       plgpu.InterpretGPUParams(detect_races=True)):
     got = jax.block_until_ready(value_and_gradients(f, *arrays))
+    counts = jax.block_until_ready(counts_of(f, *arrays[:2]))
   wide = [x if x is None else x.astype(jnp.float32) for x in arrays]
+  np.testing.assert_array_equal(counts, plain_counts(*wide[:2], **rest))
   expected = value_and_gradients(functools.partial(plain, **rest), *wide)
   # The score's gradient is rounded twice, the first time with theta fixed.
   assert_close(got, expected, rtol=2**-7, atol=1e-3)

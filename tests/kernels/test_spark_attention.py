@@ -64,7 +64,7 @@ def assert_close(a, b, tolerance=1e-5):
     block_k=st.sampled_from([6, 8, 64]), cut=st.sampled_from([0, 7]),
     window=st.sampled_from([1, 4, EVERYTHING]), traced=st.booleans(),
     softcap=st.sampled_from([0.0, 2.0]), top_k=st.sampled_from([1, 3, 100]))
-@hypothesis.settings(deadline=None, max_examples=10, derandomize=True)
+@hypothesis.settings(deadline=None, max_examples=6, derandomize=True)
 def test_equals_all_scores_at_once(length, block_q, block_k, cut, window,
                                    traced, softcap, top_k):
   arrays, (positions, segments) = make(length, length), packed(length, cut)

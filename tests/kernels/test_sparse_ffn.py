@@ -55,7 +55,7 @@ def run(arrays, threshold, implementation, plain=False):
     threshold=st.sampled_from([-1e9, -1.0, 0.0, 2.0, 5.0, 1e9]),
     implementation=st.sampled_from(IMPLEMENTATIONS),
     plain=st.booleans())
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(deadline=None, max_examples=30)
 def test_against_the_formula(batch, seed, threshold, implementation, plain):
   arrays = make(batch, seed, plain=plain)
   y, active = run(arrays, threshold, implementation)

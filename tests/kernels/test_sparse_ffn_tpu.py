@@ -5,8 +5,6 @@ And compiled by libtpu, with no TPU at hand.
 
 import functools
 import json
-import subprocess
-import sys
 from unittest import mock
 
 import hypothesis
@@ -209,7 +207,6 @@ def test_matrices_of_two_types_are_refused():
   assert "float32" in tpu.unsupported(x, gate, up, down.astype(jnp.bfloat16))
 
 
-# In a process of its own, for libtpu.
 SCRIPT = r"""
 import json, re, sys
 import jax, jax.numpy as jnp
@@ -243,12 +240,8 @@ print(json.dumps(
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_compiled_for_a_tpu_no_matrix_is_copied(topology, libtpu_environment):
-  process = subprocess.run(
-      [sys.executable, "-c", SCRIPT, topology], env=libtpu_environment,
-      capture_output=True, text=True, timeout=600, check=False)
-  assert process.returncode == 0, process.stderr[-4000:]
-  *reports, not_laid_out = json.loads(process.stdout.splitlines()[-1])
+def test_compiled_for_a_tpu_no_matrix_is_copied(topology, run_with_libtpu):
+  *reports, not_laid_out = json.loads(run_with_libtpu(SCRIPT, topology))
   assert len(reports) == 3
   for report in reports:
     assert not report["moved"]

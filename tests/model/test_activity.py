@@ -53,8 +53,9 @@ def cross_entropy(logits, target_logits):
 def brute_force(name, activity, counted, segments):
   """The measure's sum, one token and one neuron at a time."""
   gate, act, hidden, margin = (
-      np.asarray(getattr(activity, field.name), np.float64)
-      for field in dataclasses.fields(Activity))
+      np.asarray(x, np.float64) for x in (
+          activity.gate_BxLxF, activity.activation_BxLxF,
+          activity.hidden_BxLxF, activity.margin_BxLxF))
   total = np.zeros(F) if name == "fired" else 0.0
   kind, _, length = name.rpartition("_")
   for b, t in tokens_of(counted):
@@ -129,6 +130,17 @@ def test_no_segments_are_one_document_a_row(name):
   value = activity.measure([name], jnp.array(counted), None)[name]
   np.testing.assert_allclose(
       value, brute_force(name, activity, counted, np.ones((B, L))), rtol=2e-6)
+
+
+def test_what_was_counted_is_not_counted_again(measured):
+  """Whatever the activations are; padding does not count either way."""
+  activity, values = measured
+  counts = {"active_neurons": (activity.activation_BxLxF != 0).sum(-1),
+            "nonzero_hidden": (activity.hidden_BxLxF != 0).sum(-1)}
+  again = measure_all(dict(vars(make(seed=1)), counts=counts))
+  for name in counts:
+    assert again[name] == values[name] and again[name].dtype == jnp.float32
+  assert again["fired"].sum() != values["fired"].sum()
 
 
 def test_union_of_one_token_and_of_a_whole_row(measured):

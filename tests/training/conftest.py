@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ import optax
 import pytest
 
 from sparse_lm.config import TrainingConfig
+from sparse_lm.model.attention import layer_windows
+from sparse_lm.model.transformer import Layer, model_graph
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training import sparsity
 from sparse_lm.training.step import (TrainState, init_params, init_state,
@@ -78,6 +81,38 @@ def _take_step(config, optimizer=_SGD, mesh=None, steps=1):
   return state, out
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _ffn_inputs(config, params, batch):
+  """What enters each layer's FFN (N, B, L, D), through the model's parts."""
+  model = nnx.merge(model_graph(config), params)
+  positions, segments = batch["positions_BxL"], batch["segment_ids_BxL"]
+  x = params["embedding_VxD"][batch["tokens_BxL"]] * config.model_dim**0.5
+  windows = layer_windows(config.attention, config.num_layers)
+  inputs = []
+  for block, window in zip(model.layers(), windows):
+    y = block.attention(block.attention_norm(x), positions, segments, window,
+                        None)[0]
+    inputs.append(block.ffn_norm(x + block.attention_out_norm(y)))
+    x = block(x, Layer(window, True), positions, segments, None, ())[0]
+  return jnp.stack(inputs)
+
+
+def _in_float64(config, params, batch):
+  """Inputs x, gate g, up u of each layer's neurons, and the tokens' mask."""
+  ffn = params["blocks"]["ffn"]
+  x, gate, up = (np.asarray(a, np.float64) for a in (
+      _ffn_inputs(config.model, params, batch), ffn["gate_DxF"], ffn["up_DxF"]))
+  return (x, np.einsum("nbld,ndf->nblf", x, gate),
+          np.einsum("nbld,ndf->nblf", x, up), batch["segment_ids_BxL"] > 0)
+
+
+def _assert_same_step(ours, reference, tolerance=2e-5):
+  """Parameters after SGD, hence gradients; what was measured; what is kept."""
+  for a, b in zip(ours, reference, strict=True):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(
+        x, y, atol=tolerance, rtol=tolerance), a, b)
+
+
 @pytest.fixture(scope="session")
 def make_batch():
   return _make_batch
@@ -91,3 +126,34 @@ def take_step():
 @pytest.fixture(scope="session")
 def initial_params():
   return _initial_params
+
+
+@pytest.fixture(scope="session")
+def in_float64():
+  return _in_float64
+
+
+@pytest.fixture(scope="session")
+def assert_same_step():
+  return _assert_same_step
+
+
+@pytest.fixture(scope="session")
+def relu_config(tiny_config):
+  """Tiny with a gated ReLU FFN, its vocabulary such that devices split it.
+
+  Keys are changed as by `tiny_config`; groups of `training` by their names,
+  as in `relu_config(penalty={"factor": 0.1})`.
+  """
+  keys = {"model.vocab_size": 264, "model.ffn.shape": "gated",
+          "model.ffn.activation": "relu", "model.ffn.sparsifier": "none",
+          "model.attention.shape": "dense"}
+
+  def make(penalty=(), dead_neurons=(), mesh=(), **changes):
+    groups = dict(penalty=penalty, dead_neurons=dead_neurons, mesh=mesh)
+    changes |= {f"training.{group}.{key}": value
+                for group, values in groups.items()
+                for key, value in dict(values).items()}
+    return tiny_config(**{**keys, **changes})
+
+  return make

@@ -1,239 +1,21 @@
-"""Penalties, controller, dead neurons: formulas in float64, splits, resumes."""
+"""Controller and dead neurons: their rules, splits, resumed runs."""
 
 import dataclasses
 import functools
 import json
 import shutil
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.model.attention import layer_windows
-from sparse_lm.model.transformer import Layer, Statistics, model_graph
+from sparse_lm.model.transformer import Statistics
 from sparse_lm.training import loop, sparsity
 from sparse_lm.training import mesh as mesh_lib
 from sparse_lm.training.sparsity import SparsityState
 
-EPSILON = 1e-5  # of BlockFFN's chunk loss
 LAYERS, NEURONS, WIDTH = 2, 64, 32  # of tests/tiny.py
-FACTOR, ADJACENT, CHUNK, CHUNK_LENGTH = 0.02, 0.02, 20.0, 12
-PENALTIES = {"schedule": "constant", "factor": FACTOR, "adjacent": ADJACENT,
-             "chunk": CHUNK, "chunk_length": CHUNK_LENGTH}
-
-
-def training(group="", **keys):
-  return {f"training.{group}{key}": value for key, value in keys.items()}
-
-
-@pytest.fixture(scope="module")
-def make_config(tiny_config):
-  """Tiny with a gated ReLU FFN, its vocabulary such that devices split it."""
-  keys = {"model.vocab_size": 264, "model.ffn.shape": "gated",
-          "model.ffn.activation": "relu", "model.ffn.sparsifier": "none",
-          "model.attention.shape": "dense"}
-  return lambda **changes: tiny_config(**{**keys, **changes})
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def ffn_inputs(config, params, batch):
-  """What enters each layer's FFN (N, B, L, D), through the model's parts."""
-  model = nnx.merge(model_graph(config), params)
-  positions, segments = batch["positions_BxL"], batch["segment_ids_BxL"]
-  x = params["embedding_VxD"][batch["tokens_BxL"]] * config.model_dim**0.5
-  windows = layer_windows(config.attention, config.num_layers)
-  inputs = []
-  for block, window in zip(model.layers(), windows):
-    y = block.attention(block.attention_norm(x), positions, segments, window,
-                        None)[0]
-    inputs.append(block.ffn_norm(x + block.attention_out_norm(y)))
-    x = block(x, Layer(window, True), positions, segments, None, ())[0]
-  return jnp.stack(inputs)
-
-
-def in_float64(config, params, batch):
-  """Inputs x, gate g, up u of each layer's neurons, and the tokens' mask."""
-  ffn = params["blocks"]["ffn"]
-  x, gate, up = (np.asarray(a, np.float64) for a in (
-      ffn_inputs(config.model, params, batch), ffn["gate_DxF"], ffn["up_DxF"]))
-  return (x, np.einsum("nbld,ndf->nblf", x, gate),
-          np.einsum("nbld,ndf->nblf", x, up), batch["segment_ids_BxL"] > 0)
-
-
-def weights_gradient(x, to_gate, to_up):
-  """Gradients of one layer's gate and up matrices from those of g and u."""
-  return (np.einsum("bld,blf->df", x, to_gate),
-          np.einsum("bld,blf->df", x, to_up))
-
-
-# L1.
-
-
-@pytest.fixture(scope="module")
-def l1(make_config, make_batch, initial_params):
-  """For four reductions: the library's L1 and its gradients; by hand too.
-
-  The first layer's FFN is silenced, so that the second one's L1 does not
-  depend on it: both layers' gradients are then one product.
-  """
-  config = make_config()
-  params, batch = initial_params(config), make_batch(config)
-  params["blocks"]["ffn_out_norm"]["scale_D"] -= 1
-  kinds = [(neurons, layers) for neurons in ("sum", "mean")
-           for layers in ("sum", "mean")]
-
-  @jax.jit
-  def library(params, factor):
-    def penalties(params):
-      _, statistics, _ = nnx.merge(model_graph(config.model), params).hidden(
-          batch["tokens_BxL"], batch["positions_BxL"],
-          batch["segment_ids_BxL"], measures=("l1",))
-      return jnp.stack([sparsity.penalty_sum(
-          statistics, factor, make_config(**training("penalty.", **{
-              "schedule": "constant", "over_neurons": neurons,
-              "over_layers": layers}))) for neurons, layers in kinds])
-    return penalties(params), jax.jacrev(penalties)(params)["blocks"]["ffn"]
-
-  x, g, u, counts = in_float64(config, params, batch)
-  r = np.maximum(g, 0)
-  each = np.abs(r * u) * counts[..., None]
-  sign = np.sign(u) * (g > 0) * counts[..., None]
-  by_hand = {}
-  for neurons, layers in kinds:
-    scale = 0.3 / (1 if neurons == "sum" else NEURONS) / (
-        1 if layers == "sum" else LAYERS)
-    by_hand[neurons, layers] = scale * each.sum(), [
-        weights_gradient(x[n], scale * sign[n] * u[n], scale * sign[n] * r[n])
-        for n in range(LAYERS)]
-  values, gradients = jax.device_get(library(params, 0.3))
-  return by_hand, {kind: (values[i], {name: grad[i] for name, grad
-                                      in gradients.items()})
-                   for i, kind in enumerate(kinds)}
-
-
-@pytest.mark.parametrize("layers", ["sum", "mean"])
-@pytest.mark.parametrize("neurons", ["sum", "mean"])
-def test_l1_and_its_gradient_against_float64(l1, neurons, layers):
-  (value, by_layer), (ours, gradient) = (kind[neurons, layers] for kind in l1)
-  np.testing.assert_allclose(ours, value, rtol=1e-6)
-  for n, (gate, up) in enumerate(by_layer):
-    for name, expected in (("gate_DxF", gate), ("up_DxF", up)):
-      assert np.abs(expected).max() > 0
-      np.testing.assert_allclose(gradient[name][n], expected, rtol=1e-4,
-                                 atol=1e-5 * np.abs(expected).max())
-  assert not gradient["down_FxD"].any()
-
-
-def test_the_sums_of_penalties_by_hand(make_config):
-  """Weights, and means over layers, of what was measured."""
-  config = make_config(**training("penalty.", **PENALTIES))
-  sums = {"l1": [3.0, 5.0], "adjacent": [2.0, 6.0],
-          f"chunk_{CHUNK_LENGTH}": [0.5, 0.25]}
-  total = sparsity.penalty_sum(Statistics(
-      jnp.float32(9), {k: jnp.array(v) for k, v in sums.items()}), 0.1, config)
-  assert float(total) == pytest.approx(
-      0.1 * 4 + ADJACENT * 4 + CHUNK * 0.375, rel=1e-6)
-
-
-# The whole loss.
-
-
-@pytest.fixture(scope="module")
-def penalized(make_config, take_step):
-  return take_step(make_config(**training("penalty.", **PENALTIES)))
-
-
-def l1_to_neurons(g, u, counts):
-  r = np.maximum(g, 0)
-  sign = np.sign(u) * (g > 0) * counts[..., None]
-  return sign * u, sign * r
-
-
-def adjacent_to_gate(g, segments):
-  """Of mean over neurons of BCE(sigmoid(100 g_t+1), sigmoid(100 g_t))."""
-  before, logits = 100 * g[:, :-1], 100 * g[:, 1:]
-  after = 1 / (1 + np.exp(-logits))
-  pairs = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-  out = np.zeros_like(g)
-  out[:, :-1] += (1 / (1 + np.exp(-before)) - after) * pairs[..., None]
-  out[:, 1:] -= before * after * (1 - after) * pairs[..., None]
-  return 100 * out / NEURONS
-
-
-def chunk_to_gate(g, counts):
-  """Of tokens times mean over neurons of 1 - prod(1 - p), chunk by chunk."""
-  out = np.zeros_like(g)
-  for first in range(0, g.shape[1], CHUNK_LENGTH):
-    part = slice(first, first + CHUNK_LENGTH)
-    r, counted = np.maximum(g[:, part], 0), counts[:, part, None]
-    total = r.sum(-1, keepdims=True) + EPSILON
-    p = r / total * counted
-    spared = np.exp(np.log(1 - p + EPSILON).sum(1, keepdims=True))
-    to_p = counted * spared / (1 - p + EPSILON) / NEURONS
-    to_p *= counted.sum(1, keepdims=True)
-    to_r = to_p / total - (to_p * r).sum(-1, keepdims=True) / total**2
-    out[:, part] = to_r * (r > 0)
-  return out
-
-
-def test_penalties_add_their_gradient_by_hand(
-    make_config, make_batch, take_step, initial_params, penalized):
-  """On the last layer's gate and up, beside the cross-entropy's gradient.
-
-  By hand: a mean over the batch's tokens, and over layers.
-  """
-  config = make_config()
-  params, batch = initial_params(config), make_batch(config)
-  plain = take_step(config)[0].params
-  x, g, u, counts = (a[-1] for a in (*in_float64(config, params, batch)[:3],
-                                     [batch["segment_ids_BxL"] > 0]))
-  mean = 1 / counts.sum() / LAYERS
-  assert counts.sum() != batch["weights_BxL"].sum()
-  to_gate, to_up = l1_to_neurons(g, u, counts)
-  to_gate = FACTOR * to_gate
-  parts = [to_gate, ADJACENT * adjacent_to_gate(g, batch["segment_ids_BxL"]),
-           CHUNK * chunk_to_gate(g, counts)]
-  expected = weights_gradient(x, mean * sum(parts), mean * FACTOR * to_up)
-  for part in parts:  # None is lost beside the others.
-    share = weights_gradient(x, mean * part, part)[0]
-    assert np.linalg.norm(share) > 0.03 * np.linalg.norm(expected[0])
-  for name, grad in zip(("gate_DxF", "up_DxF"), expected):
-    ours = (plain["blocks"]["ffn"][name]
-            - penalized[0].params["blocks"]["ffn"][name])[-1]
-    np.testing.assert_allclose(ours, grad, rtol=1e-3,
-                               atol=1e-3 * np.abs(grad).max())
-
-
-def assert_same_step(ours, reference, tolerance=5e-6):
-  """Parameters after SGD, hence gradients; what was measured; what is kept."""
-  for a, b in zip(ours, reference):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(
-        x, y, atol=tolerance, rtol=tolerance), a, b)
-  np.testing.assert_array_equal(ours[0].sparsity.idle_NxF,
-                                reference[0].sparsity.idle_NxF)
-
-
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_micro_batches_do_not_change_the_gradient(make_config, take_step,
-                                                  penalized, count):
-  config = make_config(**training("penalty.", **PENALTIES),
-                       **training(micro_batches=count))
-  assert_same_step(take_step(config), penalized)
-
-
-@pytest.mark.parametrize("axes", [
-    {"data": 1}, {"data": 2}, {"data": 2, "fsdp": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2}], ids=["1", "2", "4", "8"])
-def test_devices_do_not_change_the_gradient(make_config, take_step, penalized,
-                                            axes):
-  config = make_config(**training("penalty.", **PENALTIES),
-                       **training("mesh.", **axes))
-  devices = jax.devices()[:np.prod(list(axes.values()))]
-  mesh = mesh_lib.make_mesh(config, devices)
-  assert_same_step(take_step(config, mesh=mesh), penalized)
-
 
 # Dead neurons.
 
@@ -245,8 +27,8 @@ def statistics_of(fired, active=0.5, tokens=1000):
   return Statistics(jnp.float32(tokens), sums)
 
 
-def test_idle_counts_tokens_saturates_and_starts_again(make_config):
-  config = make_config(**training("dead_neurons.", after_tokens=700))
+def test_idle_counts_tokens_saturates_and_starts_again(relu_config):
+  config = relu_config(dead_neurons={"after_tokens": 700})
   rng = np.random.default_rng(0)
   state, idle = sparsity.init(config), np.zeros((LAYERS, NEURONS), int)
   seen = set()
@@ -263,8 +45,8 @@ def test_idle_counts_tokens_saturates_and_starts_again(make_config):
   assert {0, 700} < seen and state.idle_NxF.dtype == jnp.int32
 
 
-def test_untracked_neurons_are_not_counted(make_config):
-  config = make_config()
+def test_untracked_neurons_are_not_counted(relu_config):
+  config = relu_config()
   assert "fired" not in sparsity.measures(config)
   state = sparsity.update(sparsity.init(config), jnp.int32(1),
                           statistics_of(np.zeros((LAYERS, NEURONS))), config)
@@ -272,16 +54,15 @@ def test_untracked_neurons_are_not_counted(make_config):
 
 
 # At this threshold most neurons fire in a few rows alone, or in none.
-REPAIR = {"model.ffn.activation": "fatrelu", "model.ffn.threshold": 2.5,
-          "training.dead_neurons.reinitialize": 0.5}
+REPAIR = {"model.ffn.activation": "fatrelu", "model.ffn.threshold": 2.5}
 
 
 @pytest.fixture(scope="module")
-def make_repaired(make_config, make_batch):
+def make_repaired(relu_config, make_batch):
   """Dead after one and a half batches without firing."""
-  tokens = int((make_batch(make_config())["segment_ids_BxL"] > 0).sum())
-  return functools.partial(make_config, **REPAIR, **training(
-      "dead_neurons.", after_tokens=tokens * 3 // 2))
+  tokens = int((make_batch(relu_config())["segment_ids_BxL"] > 0).sum())
+  return functools.partial(relu_config, **REPAIR, dead_neurons={
+      "after_tokens": tokens * 3 // 2, "reinitialize": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +71,8 @@ def repaired(make_repaired, take_step):
 
 
 def test_a_neuron_is_idle_unless_any_row_fires_it(make_repaired, make_batch,
-                                                  initial_params, repaired):
+                                                  initial_params, in_float64,
+                                                  repaired):
   """Before the second step no parameter that matters here has moved much."""
   config = make_repaired()
   params, batch = initial_params(config), make_batch(config)
@@ -313,10 +95,10 @@ def test_a_neuron_is_idle_unless_any_row_fires_it(make_repaired, make_batch,
 
 
 def test_dead_neurons_do_not_depend_on_the_split(make_repaired, take_step,
-                                                 repaired):
-  config = make_repaired(**training(micro_batches=8))
+                                                 repaired, assert_same_step):
+  config = make_repaired(**{"training.micro_batches": 8})
   assert_same_step(take_step(config, steps=2), repaired, 1e-4)
-  config = make_repaired(**training("mesh.", data=4, tensor=2))
+  config = make_repaired(mesh={"data": 4, "tensor": 2})
   ours = take_step(config, mesh=mesh_lib.make_mesh(config), steps=2)
   assert_same_step(ours, repaired, 1e-4)
 
@@ -330,10 +112,10 @@ def reinitialized(config, dead_NxF, params, step=3):
 
 @pytest.mark.parametrize("shape, inputs", [("gated", WIDTH), ("spark", 16)])
 def test_reinitialization_mixes_draws_into_dead_gates_alone(
-    make_config, initial_params, shape, inputs):
+    relu_config, initial_params, shape, inputs):
   share, dead = 0.1, np.arange(NEURONS) % 4 != np.arange(LAYERS)[:, None]
-  config = make_config(**{"model.ffn.shape": shape}, **training(
-      "dead_neurons.", after_tokens=9, reinitialize=share))
+  config = relu_config(**{"model.ffn.shape": shape}, dead_neurons={
+      "after_tokens": 9, "reinitialize": share})
   params = jax.device_get(initial_params(config))
   new = reinitialized(config, dead, params)
   before, after = (p["blocks"]["ffn"].pop("gate_DxF").swapaxes(1, 2)
@@ -354,23 +136,22 @@ def test_reinitialization_mixes_draws_into_dead_gates_alone(
       4 * count**-0.5)
 
 
-def test_reinitialization_draws_by_seed_and_step(make_config,
+def test_reinitialization_draws_by_seed_and_step(relu_config,
                                                   initial_params):
-  def gate(step, **keys):
-    config = make_config(**training("dead_neurons.", after_tokens=9,
-                                    reinitialize=1.0), **training(**keys))
+  def gate(step, seed=0):
+    config = relu_config(dead_neurons={"after_tokens": 9, "reinitialize": 1.0},
+                         **{"training.seed": seed})
     return reinitialized(config, np.ones((LAYERS, NEURONS), bool), params,
                          step)["blocks"]["ffn"]["gate_DxF"]
-  params = initial_params(make_config())
+  params = initial_params(relu_config())
   np.testing.assert_array_equal(gate(3), gate(3))
   assert (gate(3) != gate(4)).mean() > 0.99
   assert (gate(3) != gate(3, seed=1)).mean() > 0.99
 
 
-def test_reinitialization_leaves_living_neurons_as_they_are(make_config,
+def test_reinitialization_leaves_living_neurons_as_they_are(relu_config,
                                                             initial_params):
-  config = make_config(**training("dead_neurons.", after_tokens=9,
-                                  reinitialize=0.1))
+  config = relu_config(dead_neurons={"after_tokens": 9, "reinitialize": 0.1})
   params = jax.device_get(initial_params(config))
   jax.tree.map(np.testing.assert_array_equal, params, reinitialized(
       config, np.zeros((LAYERS, NEURONS), bool), params))
@@ -380,10 +161,9 @@ def test_reinitialization_leaves_living_neurons_as_they_are(make_config,
 
 
 @pytest.fixture(scope="module")
-def make_controller(make_config):
-  keys = training("penalty.", schedule="controller", factor=1e-8, rate=1.2,
-                  target_active_fraction=0.05)
-  config = make_config(**keys)
+def make_controller(relu_config):
+  config = relu_config(penalty={"schedule": "controller", "factor": 1e-8,
+                                "rate": 1.2, "target_active_fraction": 0.05})
   run = jax.jit(functools.partial(sparsity.update, config=config))
   return config, run
 
@@ -449,24 +229,24 @@ def as_if_killed(workdir, copy, step):
   return copy
 
 
-RUN = {"model.num_layers": 1, **training(
-    num_steps=12, log_every=1, eval_every=12, checkpoint_every=8,
-    keep_checkpoints=3)}
-PROGRESSIVE = {**RUN, **training(
-    "penalty.", schedule="progressive", peaks=(0.01, 0.1, 0.6),
-    boundaries=(2, 4, 11)), **training("dead_neurons.", after_tokens=150,
-                                       reinitialize=0.1)}
-CONTROLLER = {**RUN, **training(
-    "penalty.", schedule="controller", factor=0.1, rate=1.5,
-    target_active_fraction=0.2), **training("dead_neurons.",
-                                            after_tokens=10**6)}
+RUN = {"model.num_layers": 1, "training.num_steps": 12, "training.log_every": 1,
+       "training.eval_every": 12, "training.checkpoint_every": 8,
+       "training.keep_checkpoints": 3}
+PROGRESSIVE = dict(
+    penalty={"schedule": "progressive", "peaks": (0.01, 0.1, 0.6),
+             "boundaries": (2, 4, 11)},
+    dead_neurons={"after_tokens": 150, "reinitialize": 0.1})
+CONTROLLER = dict(
+    penalty={"schedule": "controller", "factor": 0.1, "rate": 1.5,
+             "target_active_fraction": 0.2},
+    dead_neurons={"after_tokens": 10**6})
 
 
 @pytest.fixture(scope="module", params=["progressive", "controller"])
-def runs(request, make_config, tmp_path_factory):
+def runs(request, relu_config, tmp_path_factory):
   """Name, config; folder and end of a run, and of one resumed at step 8."""
-  config = make_config(**(PROGRESSIVE if request.param == "progressive"
-                          else CONTROLLER))
+  config = relu_config(**RUN, **(
+      PROGRESSIVE if request.param == "progressive" else CONTROLLER))
   whole = tmp_path_factory.mktemp("runs") / "whole"
   state, _ = train(config, whole)
   resumed = as_if_killed(whole, whole.with_name("resumed"), 8)
@@ -512,19 +292,18 @@ def test_resumed_is_as_uninterrupted(runs):
 
 
 @pytest.mark.parametrize("active, bound", [(0.0, 1e-12), (1.0, 1e6)])
-def test_the_controller_stays_where_it_can_return_from(make_config, active,
+def test_the_controller_stays_where_it_can_return_from(relu_config, active,
                                                        bound):
   """Out of reach for a thousand steps, the factor is neither 0 nor infinite."""
-  config = make_config(**training("penalty.", schedule="controller",
-                                  factor=0.5))
+  config = relu_config(penalty={"schedule": "controller", "factor": 0.5})
   update = jax.jit(lambda state: jax.lax.fori_loop(
       0, 1000, lambda i, state: sparsity.update(
           state, i, statistics_of(0, active), config), state))
   assert float(update(sparsity.init(config)).factor) == pytest.approx(bound)
 
 
-def test_without_a_penalty_nothing_more_is_measured(make_config):
-  config = make_config()
+def test_without_a_penalty_nothing_more_is_measured(relu_config):
+  config = relu_config()
   assert sparsity.init(config).factor == 0
   assert sparsity.measures(config) == ("active_neurons", "nonzero_hidden")
 
@@ -535,8 +314,8 @@ def test_without_a_penalty_nothing_more_is_measured(make_config):
     (dict(schedule="progressive", peaks=(0.25, 0.5), boundaries=(1, 4)), 0.25,
      0.5),
     (dict(schedule="controller", factor=0.5), 0.5, 0.6)])
-def test_the_first_two_steps_factors(make_config, keys, first, second):
-  config = make_config(**training("penalty.", **keys))
+def test_the_first_two_steps_factors(relu_config, keys, first, second):
+  config = relu_config(penalty=keys)
   state = sparsity.init(config)
   assert float(state.factor) == first and state.factor.dtype == jnp.float32
   state = sparsity.update(state, jnp.int32(1), statistics_of(0), config)
