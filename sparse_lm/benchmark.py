@@ -57,6 +57,23 @@ def _table(result: dict[str, Any]) -> str:
       for line in lines])
 
 
+def _read_scores(args, tokens: int):
+  """--scores's array; None without it."""
+  import numpy as np  # pylint: disable=g-import-not-at-top
+  if args.scores is None:
+    return None
+  if args.suite != "ffn":
+    raise UserError(f"--scores={args.scores}: is for --suite=ffn alone")
+  try:
+    scores = np.load(args.scores)
+  except (OSError, ValueError) as e:
+    raise UserError(f"--scores={args.scores}: {e}") from e
+  if scores.ndim != 3 or scores.shape[1] < tokens:
+    raise UserError(f"--scores={args.scores}: has shape {scores.shape}, not "
+                    f"layers, {tokens} tokens or more, neurons")
+  return scores
+
+
 def main(argv: Sequence[str]) -> None:
   parser = cli.Parser(__doc__, "benchmark")
   parser.add_argument("--suite", required=True, choices=(
@@ -65,6 +82,9 @@ def main(argv: Sequence[str]) -> None:
                       "so that none stays in a cache (default: 4)")
   parser.add_argument("--tokens", default="1,2,4,8,32", help="ffn, relu_ffn: "
                       "tokens at a time (default: 1,2,4,8,32)")
+  parser.add_argument("--scores", type=pathlib.Path, metavar="FILE.npy",
+                      help="ffn: scores that say which neurons are active, as "
+                      "evaluate --scores writes them (default: random weights)")
   parser.add_argument("--prompts", default="256,1024", help="decode: tokens in "
                       "the cache (default: 256,1024)")
   parser.add_argument("--lengths", default="2048,8192", help="attention_"
@@ -93,8 +113,9 @@ def main(argv: Sequence[str]) -> None:
     result = timing.time_topk(*_numbers("shape", args.shape,
                                         "64,48,256,16", count=4))
   elif args.suite.endswith("ffn"):
-    result = timing.time_ffn(args.suite, args.layers,
-                             _numbers("tokens", args.tokens))
+    tokens = _numbers("tokens", args.tokens)
+    result = timing.time_ffn(args.suite, args.layers, tokens,
+                             _read_scores(args, max(tokens)))
   else:
     result = timing.time_decode(args.layers, _numbers("prompts", args.prompts))
   print(_table(result))

@@ -8,6 +8,7 @@ run's data where they are missing, and prints a table.
 
 from collections.abc import Sequence
 import json
+import pathlib
 import sys
 
 from sparse_lm import cli
@@ -28,13 +29,16 @@ def main(argv: Sequence[str]) -> None:
                       "many batches (default: the whole split)")
   parser.add_argument("--step", type=int, default=None, help="which checkpoint "
                       "(default: the newest)")
+  parser.add_argument("--scores", type=pathlib.Path, metavar="FILE.npy",
+                      help="also write there the scores of each layer's "
+                      "neurons for 32 tokens, for benchmark --scores")
   parser.add_argument("--json", action="store_true",
                       help="print one JSON object instead of a table")
   args = parser.parse_args(argv)
   if args.batches is not None and args.batches < 1:
     raise UserError(f"--batches={args.batches}: must be above 0")
   result = evaluation.evaluate_run(args.workdir, _warn, args.split,
-                                   args.batches, args.step)
+                                   args.batches, args.step, args.scores)
   if args.json:
     print(json.dumps(result))
     return

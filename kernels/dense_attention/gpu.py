@@ -45,7 +45,7 @@ def _mix_chunk(heads, group, softcap, eager, bounds_gmem, rows_gmem, rotary_gmem
     bounds_gmem: as `make_bounds` makes them.
     rows_gmem: as `Queries` has it.
     rotary_gmem: likewise.
-    key_gmem: (heads, S / 16, 16, E).
+    key_gmem: (heads, S / 8, 8, E).
     value_gmem: likewise.
     part_gmem: written, (heads, G, chunks / 4, 4, E) in float32: not divided.
     sum_gmem: written, (2, heads, G, chunks / 4, 4): the greatest logit, and

@@ -63,11 +63,11 @@ def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem, rotary_gmem
     bounds_gmem: as `make_bounds` makes them.
     rows_gmem: as `Queries` has it.
     rotary_gmem: likewise.
-    key1_gmem: (heads, S / 16, 16, P).
-    key2_gmem: (heads, S / 16, 16, U).
-    value_gmem: (heads, S / 16, 16, E).
-    score_gmem: written, (heads, G, S / 16, 16).
-    state_gmem: written, (heads, G, 3, S / 16).
+    key1_gmem: (heads, S / 8, 8, P).
+    key2_gmem: (heads, S / 8, 8, U).
+    value_gmem: (heads, S / 8, 8, E).
+    score_gmem: written, (heads, G, S / 8, 8).
+    state_gmem: written, (heads, G, 3, S / 8).
     key_smem: first parts of the chunk.
     barrier: when they are there.
   """
@@ -178,7 +178,7 @@ def _mix_chunk(heads, group, write, eager, softcap, bounds_gmem, rows_gmem,
     softcap: of the logits.
     quantile_gmem: each row's, (B,).
     part_gmem: written, (heads, G, chunks / 4, 4, E) in float32: not divided.
-    sum_gmem: written, (heads, G, 2, S / 16): the divisors, and counts.
+    sum_gmem: written, (heads, G, 2, S / 8): the divisors, and counts.
     kept_smem: how many queries keep each key.
     weight_smem: their weights; below 0 where a key is not kept.
     key2_smem: second parts of the kept keys.

@@ -16,7 +16,7 @@ from sparse_lm.config import FFNConfig, LinearInputsConfig, ModelConfig
 from sparse_lm.configs import gemma2_2b, spark_2b
 from sparse_lm.decoding import torch_baseline
 from sparse_lm.decoding.decoder import Decoder
-from sparse_lm.decoding.layers import NeuronMajorFFN
+from sparse_lm.decoding.layers import NeuronMajorFFN, make_select
 from sparse_lm.decoding.samplers import Greedy
 from sparse_lm.kernels.sparse_ffn import choose
 from sparse_lm.model import Transformer
@@ -71,11 +71,41 @@ def _ffn_bytes(config: FFNConfig, model_dim: int, active: float,
                      + active * (up_dim + model_dim))
 
 
-def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype):
-  """Jitted passes through `count` layers, and their parameters."""
+def _tiled(scores: np.ndarray, neurons: int) -> np.ndarray:
+  """Scores (N, T, F) for so many neurons, repeated until there are as many."""
+  repeats = -(-neurons // scores.shape[-1])
+  return np.tile(scores, repeats)[..., :neurons]
+
+
+def _inputs(batch: int, model_dim: int, dtype, scores: np.ndarray | None
+            ) -> jax.Array:
+  """Tokens (B, 1, D). With scores, token i selects column i of the gate."""
+  x = jax.random.normal(jax.random.key(0), (batch, 1, model_dim), dtype)
+  if scores is None:
+    return x
+  chosen = jax.nn.one_hot(jnp.arange(batch), scores.shape[1], dtype=dtype)
+  return x.at[:, 0, :scores.shape[1]].set(chosen)
+
+
+def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
+            scores: np.ndarray | None = None):
+  """Jitted passes through `count` layers, and their parameters.
+
+  Args:
+    config: of a layer.
+    model_dim: D.
+    count: of layers.
+    skip: inactive neurons, where that is faster.
+    dtype: of the parameters.
+    scores: (N, T, F), columns of the layers' gates; None: of N(0, 1 / R).
+  """
   graphs, states = [], []
+  gate_dim, _ = config.input_dims(model_dim)
   for seed in range(count):
     ffn = FFN(config, LinearInputsConfig(), model_dim, nnx.Rngs(seed))
+    if scores is not None:
+      columns = scores[seed % len(scores)]
+      ffn.gate_DxF[...] = ffn.gate_DxF[...].at[:len(columns)].set(columns)
     graph, state = nnx.split(NeuronMajorFFN(ffn, True, None) if skip else ffn)
     graphs.append(graph)
     states.append(jax.tree.map(lambda x: x.astype(dtype), state))
@@ -85,7 +115,9 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype):
     for graph, state in zip(graphs, states):
       y, activity = nnx.merge(graph, state)(x_Bx1xD)
       # Each layer waits for the last, and scores keep their scale.
-      x_Bx1xD = jnp.sign(y)
+      kept = 0 if scores is None else gate_dim
+      x_Bx1xD = jnp.concatenate([x_Bx1xD[..., :kept],
+                                 jnp.sign(y)[..., kept:]], -1)
       counted = activity.measure(DECODING, jnp.ones(x_Bx1xD.shape[:2], bool),
                                  None)
       active.append(counted[DECODING[0]])
@@ -112,12 +144,14 @@ def _kernel(config: FFNConfig, model_dim: int, batch: int,
 
 
 def _time_layers(config: FFNConfig, model_dim: int, num_layers: int, skip: bool,
-                 dtype: jnp.dtype, tokens: Sequence[int]) -> list[Result]:
-  """Microseconds a layer, active neurons a token and the kernel, by tokens."""
-  run, one_pass, states = _layers(config, model_dim, num_layers, skip, dtype)
+                 dtype: jnp.dtype, tokens: Sequence[int],
+                 scores: np.ndarray | None = None) -> list[Result]:
+  """Microseconds a layer and active neurons a token, by tokens."""
+  run, one_pass, states = _layers(config, model_dim, num_layers, skip, dtype,
+                                  scores)
   rows = []
   for batch in tokens:
-    x = jax.random.normal(jax.random.key(0), (batch, 1, model_dim), dtype)
+    x = _inputs(batch, model_dim, dtype, scores)
     us = 1e6 * seconds(lambda: run(states, x)) / (_PASSES * num_layers)
     active = jax.device_get(one_pass(states, x)[1])
     rows.append(dict(us=us, active=float(np.mean(active)) / batch))
@@ -134,30 +168,47 @@ def _pair(suite: str) -> tuple[FFNConfig, FFNConfig, int]:
   return relu, dense.ffn, dense.model_dim
 
 
-def time_ffn(suite: str, num_layers: int, tokens: Sequence[int]) -> Result:
+def _union(config: FFNConfig, model_dim: int, scores: np.ndarray) -> float:
+  """The fraction of neurons that some token activates, mean over layers."""
+  ffn = nnx.eval_shape(
+      lambda: FFN(config, LinearInputsConfig(), model_dim, nnx.Rngs(0)))
+  active_NxTxF = make_select(ffn, True)(jnp.asarray(scores, jnp.float32)) != 0
+  return float(active_NxTxF.any(1).mean())
+
+
+def time_ffn(suite: str, num_layers: int, tokens: Sequence[int],
+             scores: np.ndarray | None = None) -> Result:
   """A sparse feed-forward layer against the dense one of equal parameters.
 
   Args:
     suite: "ffn", Spark's at 8%; or "relu_ffn", gated, no predictor, at 1%.
     num_layers: distinct ones, one after another in a program.
     tokens: how many at a time, row by row.
+    scores: (N, T, F) of a trained model's layers, which say which neurons are
+      active; None: weights are random.
   """
   sparse, dense, model_dim = _pair(suite)
   dtype = compute_dtype(spark_2b.get_config().model)
   bandwidth = read_bandwidth()
-  timed = {name: _time_layers(config, model_dim, num_layers, name == "sparse",
-                              dtype, tokens)
-           for name, config in (("dense", dense), ("sparse", sparse))}
+  if scores is not None:
+    scores = _tiled(scores, sparse.num_neurons)
+  timed = dict(
+      dense=_time_layers(dense, model_dim, num_layers, False, dtype, tokens),
+      sparse=_time_layers(sparse, model_dim, num_layers, True, dtype, tokens,
+                          scores))
   rows = []
   for i, batch in enumerate(tokens):
     torch_us = torch_baseline.dense_ffn_microseconds(
         model_dim, dense.num_neurons, num_layers, batch)
     active = timed["sparse"][i]["active"] / sparse.num_neurons
-    # No two tokens need share a neuron: the union, were they independent.
-    union = (1 - (1 - active) ** batch) * sparse.num_neurons
+    if scores is None:  # The tokens are independent.
+      union = 1 - (1 - active) ** batch
+    else:
+      union = _union(sparse, model_dim, scores[:, :batch])
     limits = {name: 1e6 / bandwidth * _ffn_bytes(
         config, model_dim, needed, dtype.itemsize) for name, config, needed in (
-            ("dense", dense, dense.num_neurons), ("sparse", sparse, union))}
+            ("dense", dense, dense.num_neurons),
+            ("sparse", sparse, union * sparse.num_neurons))}
     row = dict(tokens=batch, dense_us=timed["dense"][i]["us"])
     if torch_us is not None:
       row["torch_us"] = torch_us
@@ -165,11 +216,14 @@ def time_ffn(suite: str, num_layers: int, tokens: Sequence[int]) -> Result:
     rows.append(row | dict(
         sparse_us=timed["sparse"][i]["us"],
         kernel=_kernel(sparse, model_dim, batch, dtype),
-        active_fraction=active, dense_limit_us=limits["dense"],
+        active_fraction=active, union_fraction=union,
+        dense_limit_us=limits["dense"],
         sparse_limit_us=limits["sparse"],
         speedup=best / timed["sparse"][i]["us"],
         limit=limits["dense"] / limits["sparse"]))
-  return dict(suite=suite, layers=num_layers, device=_device(),
+  active_sets = "random" if scores is None else "trained"
+  return dict(suite=suite, active_sets=active_sets, layers=num_layers,
+              device=_device(),
               dtype=dtype.name, jax=jax.__version__,
               gigabytes_per_second=bandwidth / 1e9, rows=rows)
 
@@ -180,28 +234,36 @@ def _decode_bytes(model: ModelConfig, prompt: int, itemsize: int) -> float:
   projections = model.model_dim * a.head_dim * (
       2 * a.num_query_heads + 2 * a.num_kv_heads)
   ffn = _ffn_bytes(model.ffn, model.model_dim, model.ffn.num_active, itemsize)
-  cache = 2 * a.num_kv_heads * a.head_dim * prompt
+  cache = 2 * a.head_dim * prompt
+  if a.shape == "spark":
+    group = a.num_query_heads // a.num_kv_heads
+    kept = min(prompt, group * a.top_k)  # were no two queries to share a key
+    cache = a.predictor_dim * prompt + (2 * a.head_dim - a.predictor_dim) * kept
+  cache *= a.num_kv_heads
   return n * (ffn + itemsize * (projections + cache)) + (
       itemsize * model.vocab_size * model.model_dim)
 
 
-def _time_model(model: ModelConfig, prompts: Sequence[int],
-                steps: int) -> dict[int, float]:
-  """Seconds a token for each prompt's length, one token at a time."""
+def _time_model(model: ModelConfig, prompts: Sequence[int], steps: int,
+                repeats: int = 5) -> dict[int, float]:
+  """Median seconds a token, one at a time, for each prompt's length."""
   params = nnx.to_pure_dict(nnx.state(
       jax.jit(lambda: Transformer(model, nnx.Rngs(0)))()))
   decoder = Decoder(model, params, measure=False)
   del params
-  laps = {}
-  for prompt in prompts:
-    tokens = [list(range(1, prompt + 1))]
-    drawn = decoder.generate(tokens, steps + 2, Greedy(), jax.random.key(0))
-    next(drawn), next(drawn)  # Compiled, and the prompt read.
+
+  def lap(prompt: int) -> float:
+    drawn = decoder.generate([list(range(1, prompt + 1))], steps + 2, Greedy(),
+                             jax.random.key(0))
+    next(drawn), next(drawn)  # The prompt has been read.
     start = time.perf_counter()
     for _ in drawn:
       pass
-    laps[prompt] = (time.perf_counter() - start) / steps
-  return laps
+    return (time.perf_counter() - start) / steps
+
+  # The first lap of each compiles.
+  return {prompt: statistics.median([lap(prompt) for _ in range(repeats + 1)
+                                     ][1:]) for prompt in prompts}
 
 
 def time_decode(num_layers: int, prompts: Sequence[int],

@@ -15,6 +15,7 @@ are what `Transformer.hidden` returns.
 | union_<n>        | neurons that fire anywhere in a token's chunk of n       |
 | adjacent         | BlockFFN's loss between a token and the one before it    |
 | chunk_<n>        | BlockFFN's loss over a token's chunk of n                |
+| scores           | no sum: what decides which neurons are active, (B, L, F) |
 
 Chunks are of neighbours in a row of the batch, whatever their documents: as a
 batch that is decoded together, or a draft that is verified, would be.
@@ -125,6 +126,12 @@ def l1(activity, counted_BxL, segments_BxL):
   return size.sum(where=counted_BxL)
 
 
+def scores(activity, counted_BxL, segments_BxL):
+  """Of every token, to be looked at one by one."""
+  del counted_BxL, segments_BxL
+  return activity.margin_BxLxF.astype(jnp.float32)
+
+
 def _chunks(x: jax.Array, length: int) -> jax.Array:
   """(B, L, ...) to (B, chunks, length, ...), the last one filled up with 0."""
   missing = -x.shape[1] % length
@@ -173,6 +180,6 @@ def chunk(activity, counted_BxL, segments_BxL, *, length: int):
 
 _MEASURES: dict[str, Callable] = {
     f.__name__: f for f in (active_neurons, positive_gates, nonzero_hidden,
-                            kept_gates, fired, l1, adjacent)}
+                            kept_gates, fired, l1, adjacent, scores)}
 _OF_CHUNKS: dict[str, Callable] = {"union": union, "chunk": chunk}
 

@@ -4,9 +4,12 @@ from collections.abc import Callable
 import pathlib
 from typing import Any
 
+from flax import nnx
 import jax
+import numpy as np
 
 from sparse_lm.config import Config
+from sparse_lm.model.transformer import model_graph
 from sparse_lm.training import checkpoint, metrics, workdir
 from sparse_lm.training.step import make_eval_step
 
@@ -36,7 +39,8 @@ def evaluate_params(config: Config, params: Any, corpus, split: str = "",
 
 def evaluate_run(folder: pathlib.Path, report: Callable[[str], None],
                  split: str = "", batches: int | None = None,
-                 step: int | None = None) -> dict[str, Any]:
+                 step: int | None = None,
+                 scores: pathlib.Path | None = None) -> dict[str, Any]:
   """`evaluate_params` of a run's checkpoint, and its step.
 
   Args:
@@ -45,10 +49,37 @@ def evaluate_run(folder: pathlib.Path, report: Callable[[str], None],
     split: as there.
     batches: as there.
     step: which checkpoint; None: the newest readable one.
+    scores: a file for `record_scores`, of 32 tokens; None: none.
   """
   config, corpus, step, params = open_run(folder, report, step)
+  if scores is not None:
+    np.save(scores, record_scores(config, params, corpus, 32))
   return dict(step=step,
               **evaluate_params(config, params, corpus, split, batches))
+
+
+def record_scores(config: Config, params: Any, corpus, tokens: int
+                  ) -> np.ndarray:
+  """Scores of each layer's neurons for some held-out tokens, (N, T, F).
+
+  The tokens are spread over the first batch, so that few are of one document.
+  """
+  batch = next(iter(corpus.evaluation(batches=1)))
+
+  @jax.jit
+  def run(params, batch):
+    model = nnx.merge(model_graph(config.model), params)
+    statistics = model.hidden(
+        batch["tokens_BxL"], batch["positions_BxL"], batch["segment_ids_BxL"],
+        measures=("scores",))[1]
+    return statistics.sums["scores"]
+
+  scores_NxBxLxF = jax.device_get(run(params, batch))
+  scores = scores_NxBxLxF.reshape(len(scores_NxBxLxF), -1,
+                                  scores_NxBxLxF.shape[-1])
+  used = np.flatnonzero(np.asarray(batch["segment_ids_BxL"]))
+  chosen = used[np.linspace(0, len(used) - 1, tokens).astype(int)]
+  return scores[:, chosen].astype(np.float16)
 
 
 def open_run(folder: pathlib.Path, report: Callable[[str], None],

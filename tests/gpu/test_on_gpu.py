@@ -1,6 +1,7 @@
 """The kernels on an NVIDIA GPU: `make gpu-check`, without tests/conftest.py."""
 
 import functools
+import itertools
 
 from flax import nnx
 import jax
@@ -53,8 +54,8 @@ def error(y, expected):
   return np.linalg.norm(y - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 20])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, tokens", [
+    *itertools.product(CASES, [1, 8]), ("spark", 3), ("gated", 20)])
 def test_sparse_ffn(case, tokens):
   shapes, select = CASES[case]
   arrays = make(shapes, tokens, seed=tokens)
