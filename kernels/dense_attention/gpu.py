@@ -20,6 +20,9 @@ from sparse_lm.kernels.token_attention import (
     add_values, capped, chunks_there, fours, in_sight, kernel, make_bounds,
     own_keys, products, seen_keys, store_halves, wait_unseen)
 
+# In caches of so many slots keys are copied before it is known which are
+# visible: the wait for that takes longer.
+_EAGER_UP_TO = 1024
 # What a chunk leaves beside its part of the values.
 _BEST, _WEIGHT = range(2)
 
@@ -45,7 +48,7 @@ def _mix_chunk(heads, group, softcap, eager, bounds_gmem, rows_gmem, rotary_gmem
     bounds_gmem: as `make_bounds` makes them.
     rows_gmem: as `Queries` has it.
     rotary_gmem: likewise.
-    key_gmem: (heads, S / 8, 8, E).
+    key_gmem: (heads, S / 16, 16, E).
     value_gmem: likewise.
     part_gmem: written, (heads, G, chunks / 4, 4, E) in float32: not divided.
     sum_gmem: written, (2, heads, G, chunks / 4, 4): the greatest logit, and
@@ -150,7 +153,7 @@ def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
   caches = [jax.new_ref(own_keys(x)) for x in (key_BxKxSxE, value_BxKxSxE)]
   parts, sums = kernel(
       functools.partial(_mix_chunk, k, group, logit_softcap,
-                        s <= token_attention.EAGER_UP_TO),
+                        s <= _EAGER_UP_TO),
       (f32((*heads, count, 4, width)), f32((2, *heads, count, 4))),
       dict(head=b * k, chunk=s // CHUNK), key_smem=rows, value_smem=rows,
       weight_smem=plgpu.SMEM((group, WARPS, OWN), jnp.float32),

@@ -31,6 +31,9 @@ from sparse_lm.kernels.sparse_attention.predictor import quantiles
 
 # Keys that are copied together.
 _GROUP = 4
+# In caches of so many slots all keys are copied, before it is known which are
+# visible and kept: the wait for that takes longer.
+_EAGER_UP_TO = 2048
 # What each warp leaves of its keys' scores, and of their weights.
 _MEAN, _SQUARE, _BEST = range(3)
 _WEIGHT, _COUNT = range(2)
@@ -63,11 +66,11 @@ def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem, rotary_gmem
     bounds_gmem: as `make_bounds` makes them.
     rows_gmem: as `Queries` has it.
     rotary_gmem: likewise.
-    key1_gmem: (heads, S / 8, 8, P).
-    key2_gmem: (heads, S / 8, 8, U).
-    value_gmem: (heads, S / 8, 8, E).
-    score_gmem: written, (heads, G, S / 8, 8).
-    state_gmem: written, (heads, G, 3, S / 8).
+    key1_gmem: (heads, S / 16, 16, P).
+    key2_gmem: (heads, S / 16, 16, U).
+    value_gmem: (heads, S / 16, 16, E).
+    score_gmem: written, (heads, G, S / 16, 16).
+    state_gmem: written, (heads, G, 3, S / 16).
     key_smem: first parts of the chunk.
     barrier: when they are there.
   """
@@ -178,7 +181,7 @@ def _mix_chunk(heads, group, write, eager, softcap, bounds_gmem, rows_gmem,
     softcap: of the logits.
     quantile_gmem: each row's, (B,).
     part_gmem: written, (heads, G, chunks / 4, 4, E) in float32: not divided.
-    sum_gmem: written, (heads, G, 2, S / 8): the divisors, and counts.
+    sum_gmem: written, (heads, G, 2, S / 16): the divisors, and counts.
     kept_smem: how many queries keep each key.
     weight_smem: their weights; below 0 where a key is not kept.
     key2_smem: second parts of the kept keys.
@@ -312,7 +315,7 @@ def _attend(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
     Results (B, K, G, E), counts (B, K, G), and the caches as they are then.
   """
   b, k, s, width = caches[2].shape
-  eager = s <= token_attention.EAGER_UP_TO
+  eager = s <= _EAGER_UP_TO
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   # Read whole, by warps: a multiple of their lanes.
   warps, heads = 32 * pl.cdiv(s // OWN, 32), (b * k, group)

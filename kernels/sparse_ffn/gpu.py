@@ -33,10 +33,13 @@ from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
 
 # Up to so many tokens it is no slower than reading everything, on an H200.
 FASTER_UP_TO = 8
-# Shared memory for the rows of a warpgroup: four share a multiprocessor.
+# Shared memory for the rows of a warpgroup. Two blocks of two warpgroups share a
+# multiprocessor, so that their waits overlap; so do two of the one kernel, whose
+# rows lie beside the gate's chunks.
 _ROWS_BYTES = 48 * 1024
-# The same beside the gate's chunks, where two blocks share a multiprocessor.
 _ROWS_BYTES_OF_ONE = 34 * 1024
+# Where rows are too long for that a block is alone, and has so much in all.
+_SHARED_BYTES = 220 * 1024
 
 
 def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
@@ -55,10 +58,23 @@ def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
   for name, size, unit in sizes:
     if size % unit:
       return f"needs {name} to be a multiple of {unit}, not {size}"
-  if not (gpu_rows.batch(widths, 2, _ROWS_BYTES)
-          and gpu_rows.batch(widths, 1, _ROWS_BYTES_OF_ONE)):
+  if not (_rows_bytes(widths) and _rows_bytes_of_one(widths)):
     return f"rows of {down_FxD.shape[1]} numbers do not fit in shared memory"
   return None
+
+
+def _rows_bytes(widths: list[int]) -> int | None:
+  """Bytes for rows of such widths of a warpgroup; None where none suffice."""
+  alone = (_SHARED_BYTES - 4 * widths[-1]) // 2  # Beside a sum in float32.
+  return next((size for size in (_ROWS_BYTES, alone)
+               if gpu_rows.batch(widths, 2, size)), None)
+
+
+def _rows_bytes_of_one(widths: list[int]) -> int | None:
+  """The same in the one kernel."""
+  alone = _SHARED_BYTES - gpu_scores.BYTES
+  return next((size for size in (_ROWS_BYTES_OF_ONE, alone)
+               if gpu_rows.batch(widths, 1, size)), None)
 
 
 def _kernel(body, out_type, blocks: int, tokens: int, warpgroups: int,
@@ -78,8 +94,8 @@ def _rows(up_FxU: jax.Array | None, down_FxD: jax.Array
           for name, x in rows.items() if x is not None}
 
 
-def _activate(select, activation_of: list[jax.Array]) -> list[jax.Array]:
-  return [mosaic_gpu.inlined(select.activation)(s) for s in activation_of]
+def _activate(select, scores: list[jax.Array]) -> list[jax.Array]:
+  return [mosaic_gpu.inlined(select.activation)(score) for score in scores]
 
 
 @jax.jit
@@ -138,11 +154,13 @@ def _accumulate(select, up_activation, score, statistics, x_BxD, up_FxU,
     @pl.when(part == 0)
     def _():
       plgpu.barrier_wait(y_barrier)
-      y_gmem[block, token] = y + y_smem[...]
+      y_gmem[block, token] = y + mosaic_gpu.load(
+          y_smem, gpu_rows.y_layout(shapes["down"]))
 
   out = (jax.ShapeDtypeStruct((blocks, tokens, *shapes["down"]), jnp.float32),
          jax.ShapeDtypeStruct((blocks, 2, tokens), jnp.int32))
-  scratch = gpu_rows.scratch(2, groups * GROUP, 2, _ROWS_BYTES, shapes)
+  scratch = gpu_rows.scratch(2, groups * GROUP, 2,
+                             _rows_bytes(gpu_rows.widths(shapes)), shapes)
   return _kernel(
       body, out, blocks, tokens, 2, y_barrier=plgpu.Barrier(),
       y_smem=plgpu.SMEM(shapes["down"], jnp.float32), **scratch)(
@@ -174,7 +192,8 @@ def _predict_and_accumulate(select, up_activation, x_1xD, gate_FxR, up_FxU,
 
   out = (jax.ShapeDtypeStruct((tiles, 1, *shapes["down"]), jnp.float32),
          jax.ShapeDtypeStruct((tiles, 1, 1), jnp.int32))
-  scratch = gpu_rows.scratch(1, TILE, 1, _ROWS_BYTES_OF_ONE, shapes)
+  scratch = gpu_rows.scratch(
+      1, TILE, 1, _rows_bytes_of_one(gpu_rows.widths(shapes)), shapes)
   return _kernel(
       body, out, tiles, 1, 1, gate=gpu_scores.scratch(1, gate_FxR.shape[1]),
       **scratch)(

@@ -1,5 +1,7 @@
 """Inside the GPU kernels: the rows of active neurons, read and added."""
 
+import math
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,19 +22,25 @@ _ROW_A_WARP = plgpu.Layout.TILED(
     vector_dim=-1)
 
 
-def batch(widths: list[int], places: int, budget: int) -> int:
+def batch(columns: list[int], places: int, budget: int) -> int:
   """How many neurons' rows one batch of copies brings.
 
   A warp multiplies a row of `up`, so at most four are of use.
 
   Args:
-    widths: of `up`, if there is one, and of `down`.
+    columns: of `up`, if there is one, and of `down`.
     places: batches in shared memory at a time.
     budget: bytes of shared memory for them.
   """
-  *up, down = widths
-  return max(rows for rows in range(5)
-             if 2 * places * (4 * sum(up) + rows * down) <= budget)
+  *up, down = columns
+  left = budget // (2 * places) - 4 * sum(up)
+  return min(4, max(0, left // down))
+
+
+def widths(row_shapes: dict[str, tuple[int, int]]) -> list[int]:
+  """Of `up`, if there is one, and of `down`, from shapes in columns of 256."""
+  return [math.prod(row_shapes[name]) for name in ("up", "down")
+          if name in row_shapes]
 
 
 def scratch(parts: int, neurons: int, places: int, budget: int,
@@ -46,8 +54,7 @@ def scratch(parts: int, neurons: int, places: int, budget: int,
     budget: bytes for the rows of one part.
     row_shapes: of "down" and, if there is one, of "up", in columns of 256.
   """
-  widths = [a * b for _, (a, b) in sorted(row_shapes.items(), reverse=True)]
-  rows = batch(widths, places, budget)
+  rows = batch(widths(row_shapes), places, budget)
   smem = dict(activation=plgpu.SMEM((parts, neurons), jnp.float32),
               active=plgpu.SMEM((parts, neurons), jnp.int32),
               hidden=plgpu.SMEM((parts, places, 4), jnp.float32))
@@ -119,6 +126,7 @@ def add_rows(part, first_neuron, activations: list[jax.Array], x,
   branches = [(down_gmem, down_smem, smem["down_barriers"])]
   if up_gmem is not None:
     branches.insert(0, (up_gmem, smem["up"].at[part], smem["up_barriers"]))
+  shape = down_gmem.shape[1:]
   count = _list_active(activations, activation_smem, active_smem)
   batches = pl.cdiv(count, rows)
 
@@ -167,8 +175,8 @@ def add_rows(part, first_neuron, activations: list[jax.Array], x,
     plgpu.barrier_wait(smem["down_barriers"].at[part * places + place])
 
     def add(i, y):
-      row = down_smem[place, i].astype(jnp.float32)
-      return y + hidden_smem[place, i] * row
+      row = mosaic_gpu.load(down_smem.at[place, i], y_layout(shape))
+      return y + hidden_smem[place, i] * row.astype(jnp.float32)
 
     y = lax.fori_loop(0, jnp.minimum(count - n * rows, rows), add, y)
     plgpu.commit_smem()  # The rows have been read.
@@ -177,7 +185,6 @@ def add_rows(part, first_neuron, activations: list[jax.Array], x,
 
   for n in range(places):
     pl.when(n < batches)(lambda n=n: ask(n))
-  shape = down_gmem.shape[1:]
   y = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), y_layout(shape))
   return lax.fori_loop(0, batches, one_batch, y), count
 

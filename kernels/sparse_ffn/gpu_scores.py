@@ -15,6 +15,8 @@ TILE = 64
 CHUNK = 256
 # Chunks of the gate on their way, of 32 KB.
 _COPIES = 2
+# Of shared memory for one token, or up to eight.
+BYTES = 2 * _COPIES * (TILE + 8) * CHUNK + 4 * TILE * 8
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 # Of a vector, 32 numbers or a multiple, lane by lane; every warp has them all.

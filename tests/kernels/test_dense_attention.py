@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels import token_attention
+from sparse_lm.kernels.dense_attention import gpu
 from sparse_lm.kernels.dense_attention import (choose, unsupported,
                                                write_and_attend)
 
@@ -67,7 +67,7 @@ def formula(arrays, window, logit_softcap):
 @pytest.fixture(params=[0, 2**30], ids=["lazy", "eager"])
 def eager_up_to(request, monkeypatch):
   """Keys are copied once it is known that they are wanted, or before."""
-  monkeypatch.setattr(token_attention, "EAGER_UP_TO", request.param)
+  monkeypatch.setattr(gpu, "_EAGER_UP_TO", request.param)
 
 
 @interpreted
@@ -136,7 +136,7 @@ def test_what_it_cannot_serve():
 
   assert reason() is None
   assert reason(dtype=jnp.float32) == "needs bfloat16, not float32"
-  assert reason(slots=100) == "100 slots are not a multiple of 32"
+  assert reason(slots=100) == "100 slots are not a multiple of 64"
   assert reason(width=64) == "E of 64 is not 128 or 256"
   assert "not 9 and 65" in reason(batch=65, group=9)
   x = jnp.zeros((1, 4, 2, E), jnp.bfloat16)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sparse_lm.kernels import token_attention
+from sparse_lm.kernels.sparse_attention import gpu
 from sparse_lm.kernels.sparse_attention import (sparse_attention, unsupported,
                                                 write_and_attend)
 
@@ -83,7 +83,7 @@ def close(y, expected):
 @pytest.fixture(params=[0, 2**30], ids=["lazy", "eager"])
 def eager_up_to(request, monkeypatch):
   """Keys are copied once it is known that they are wanted, or before."""
-  monkeypatch.setattr(token_attention, "EAGER_UP_TO", request.param)
+  monkeypatch.setattr(gpu, "_EAGER_UP_TO", request.param)
 
 
 @interpreted
@@ -207,7 +207,7 @@ def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
 
 
 @pytest.mark.parametrize("change, reason", [
-    (dict(slots=100), "100 slots are not a multiple of 32"),
+    (dict(slots=100), "100 slots are not a multiple of 64"),
     (dict(group=9), "serves 8 queries a group and 64 rows, not 9 and 1"),
     (dict(lengths=(1,) * 65), "not 1 and 65"),
 ])

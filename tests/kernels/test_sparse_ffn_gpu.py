@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk, gpu,
-                                          sparse_ffn)
+                                          sparse_ffn, unsupported)
 from sparse_lm.kernels.sparse_ffn.gpu_scores import TILE
 
 VERSION = jax.__version_info__
@@ -122,17 +122,30 @@ def test_what_is_not_finite_shows(where):
   assert np.isnan(np.asarray(y, np.float32)).any()
 
 
-@pytest.mark.parametrize("tokens, columns, select", [
-    (1, 1024, StatisticalTopk(1.4, functools.partial(jax.nn.gelu,
-                                                     approximate=True))),
-    (8, 1024, StatisticalTopk(1.4, jax.nn.silu)),
-    (1, 2304, Elementwise(jax.nn.relu)),  # gated
+GELU = functools.partial(jax.nn.gelu, approximate=True)
+
+
+@pytest.mark.parametrize("tokens, width, columns, select", [
+    (1, 2304, 1024, StatisticalTopk(1.4, GELU)),
+    (8, 2304, 1024, StatisticalTopk(1.4, jax.nn.silu)),
+    (1, 2304, 2304, Elementwise(jax.nn.relu)),  # gated
+    # Rows so long that a block is alone on its multiprocessor.
+    (8, 4096, 1792, StatisticalTopk(1.4, GELU)),
+    (1, 4096, 4096, Elementwise(jax.nn.relu)),
 ])
-def test_lowers_at_the_shapes_of_a_2b_model(tokens, columns, select):
-  rest = 2304 if columns == 2304 else 2304 - columns
+def test_lowers_at_the_shapes_of_large_models(tokens, width, columns, select):
+  rest = width if columns == width else width - columns
   arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (
-      (tokens, 2304), (13824, columns), (13824, rest), (13824, 2304))]
+      (tokens, width), (13824, columns), (13824, rest), (13824, width))]
+  assert not unsupported("pallas_gpu", *arrays)
   lowered = jax.jit(functools.partial(
       sparse_ffn, select=select, implementation="pallas_gpu")).trace(
           *arrays).lower(lowering_platforms=("cuda",))
-  assert lowered.as_text().count("mosaic_gpu") >= 2
+  assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_rows_too_long_are_refused():
+  gate, down = (jax.ShapeDtypeStruct((1024, 16384), jnp.bfloat16),) * 2
+  x = jax.ShapeDtypeStruct((1, 16384), jnp.bfloat16)
+  assert "rows of 16384 numbers do not fit" in unsupported(
+      "pallas_gpu", x, gate, gate, down)
