@@ -100,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.layers < 1:
     raise UserError(f"--layers={args.layers}: must be above 0")
+  tokens = _numbers("tokens", args.tokens)
+  scores = _read_scores(args, max(tokens))
   # pylint: disable=g-import-not-at-top
   if args.suite.endswith("_training"):
     from sparse_lm.training import timing
@@ -113,9 +115,7 @@ def main(argv: Sequence[str]) -> None:
     result = timing.time_topk(*_numbers("shape", args.shape,
                                         "64,48,256,16", count=4))
   elif args.suite.endswith("ffn"):
-    tokens = _numbers("tokens", args.tokens)
-    result = timing.time_ffn(args.suite, args.layers, tokens,
-                             _read_scores(args, max(tokens)))
+    result = timing.time_ffn(args.suite, args.layers, tokens, scores)
   else:
     result = timing.time_decode(args.layers, _numbers("prompts", args.prompts))
   print(_table(result))

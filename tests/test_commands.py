@@ -14,9 +14,14 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from sparse_lm import compare, evaluate, generate, shift_threshold, train
+from sparse_lm import (benchmark, compare, evaluate, generate, shift_threshold,
+                       train)
+from sparse_lm.config import FFNConfig
+from sparse_lm.decoding import timing
 from sparse_lm.errors import UserError
+from sparse_lm.training.workdir import read_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILL_AT = pathlib.Path(__file__).parent / "training" / "kill_at.py"
@@ -411,6 +416,39 @@ def test_evaluate_and_generate_refuse(call, tiny_run, tmp_path):
       (generate.main, "--top_p=2", "--top_p"),
       (generate.main, "--step=5", "no checkpoint 5")]:
     refused_here(main, [at, flag], *parts)
+
+
+def test_benchmark_with_the_active_neurons_of_a_trained_model(
+    tiny_run, tmp_path, capsys, monkeypatch):
+  path, output = tmp_path / "scores.npy", tmp_path / "rows.json"
+  evaluate.main([f"--workdir={tiny_run[0]}", "--batches=1",
+                 f"--scores={path}"])
+  model = read_config(tiny_run[0]).model
+  scores_NxTxF = np.load(path)
+  assert scores_NxTxF.shape == (model.num_layers, 32, model.ffn.num_neurons)
+  # The rule's own words, for two tokens.
+  wide = scores_NxTxF[:, :2].astype(np.float64)
+  quantile = scipy.stats.norm.ppf(1 - 0.25)
+  theta = wide.mean(-1) + quantile * wide.std(-1)
+  active = wide > theta[..., None]
+  # Each of the benchmark's neurons stands for one of the model's.
+  neurons = 4 * model.ffn.num_neurons
+  spark = FFNConfig(num_neurons=neurons, predictor_dim=32, active_fraction=0.25)
+  dense = FFNConfig(shape="gated", num_neurons=64, sparsifier="none")
+  monkeypatch.setattr(timing, "_pair", lambda suite: (spark, dense, 64))
+  monkeypatch.setattr(timing, "read_bandwidth", lambda: 1e9)
+  benchmark.main(["--suite=ffn", "--layers=2", "--tokens=1,2",
+                  f"--scores={path}", f"--output={output}"])
+  one, two = json.loads(output.read_text())["rows"]
+  assert one["union_fraction"] == pytest.approx(active[:, :1].mean(), abs=0.02)
+  assert one["active_fraction"] == pytest.approx(active[:, :1].mean(), abs=0.02)
+  assert two["union_fraction"] == pytest.approx(active.any(1).mean(), abs=0.02)
+  capsys.readouterr()
+  for flags, *parts in [
+      (["--suite=decode"], "--scores", "--suite=ffn"),
+      (["--suite=ffn", "--tokens=64"], "--scores", "64 tokens"),
+      (["--suite=ffn", f"--scores={tmp_path / 'none.npy'}"], "none.npy")]:
+    refused_here(benchmark.main, [f"--scores={path}", *flags], *parts)
 
 
 def test_benchmark(call, tmp_path):
