@@ -28,7 +28,7 @@ def load(ref, layout, *, optimized: bool = True) -> jax.Array:
 
 
 def store(ref, value: jax.Array) -> None:
-  """Writes an array to `ref`, in global memory, by any pattern of access."""
+  """Writes an array to `ref` by any pattern of access."""
   if hasattr(plgpu, "store"):
     plgpu.store(ref, value, optimized=False)
   else:

@@ -1,22 +1,13 @@
 """One signature for every implementation of the sum and its norm."""
 
-import importlib
-from types import ModuleType
-
 import jax
 
 from sparse_lm.kernels import devices
+from sparse_lm.kernels.implementations import loader
 
-# By name, the module that has it. Lazy: Pallas takes a while to import.
+# By name, the module that has it.
 IMPLEMENTATIONS: dict[str, str] = {"xla": "xla", "pallas_gpu": "gpu"}
-
-
-def _module(implementation: str) -> ModuleType:
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is not one of "
-                     f"{', '.join(IMPLEMENTATIONS)}")
-  return importlib.import_module(
-      f"sparse_lm.kernels.add_norm.{IMPLEMENTATIONS[implementation]}")
+_module = loader("add_norm", IMPLEMENTATIONS)
 
 
 def unsupported(implementation: str, x_NxD: jax.Array) -> str | None:

@@ -4,26 +4,18 @@ Letters: B batch, L tokens (queries and keys), K key/value heads, G query heads
 per key/value head, E head width.
 """
 
-import importlib
 import math
-from types import ModuleType
 
 import jax
 
 from sparse_lm.kernels import devices
+from sparse_lm.kernels.implementations import loader
 
-# By name, the module that has it. Lazy: Pallas takes a while to import.
+# By name, the module that has it.
 # `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, str] = {
     "xla": "xla", "pallas_gpu": "gpu", "reference": "reference"}
-
-
-def _module(implementation: str) -> ModuleType:
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is not one of "
-                     f"{', '.join(IMPLEMENTATIONS)}")
-  return importlib.import_module(
-      f"sparse_lm.kernels.spark_attention.{IMPLEMENTATIONS[implementation]}")
+_module = loader("spark_attention", IMPLEMENTATIONS)
 
 
 def unsupported(implementation: str, query_BxKxGxLxE: jax.Array,

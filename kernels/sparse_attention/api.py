@@ -3,17 +3,17 @@
 Letters beside the README's: U = E - P, the head dims that do not predict.
 """
 
-import importlib
-
 import jax
 
 from sparse_lm.kernels.devices import generation
+from sparse_lm.kernels.implementations import loader
 
-# By name, the module that has it. Lazy: Pallas takes a while to import.
+# By name, the module that has it.
 # `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, str] = {
     "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
     "reference": "reference"}
+_module = loader("sparse_attention", IMPLEMENTATIONS)
 # Below so many slots, reading all keys is as fast on 2 CPU cores.
 _MIN_SLOTS = 2048
 
@@ -60,14 +60,6 @@ def unsupported(implementation: str, query_BxKxGxE: jax.Array,
   check = getattr(_module(implementation), "unsupported", None)
   return check and check(query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU,
                          value_BxKxSxE)
-
-
-def _module(implementation: str):
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is not one of "
-                     f"{', '.join(IMPLEMENTATIONS)}")
-  return importlib.import_module(
-      f"sparse_lm.kernels.sparse_attention.{IMPLEMENTATIONS[implementation]}")
 
 
 def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,

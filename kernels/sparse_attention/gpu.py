@@ -4,8 +4,9 @@ Three kernels. In the first each thread block takes a chunk of one key/value
 head's keys, multiplies their first parts with the group's queries, and leaves
 the scores and their statistics. In the second it adds all chunks' statistics
 up to the threshold and asks for the second parts and values of its kept keys,
-in copies that run by themselves; what it makes of them is a partial sum. The
-third adds those up, in a fixed order: the same result every time.
+in copies that run by themselves (in small caches, of all its keys, and before
+it adds); what it makes of them is a partial sum. The third adds those up, in a
+fixed order: the same result every time.
 
 `write_and_attend` takes what a layer projects a token to: the first kernel
 writes its key and value to the cache.

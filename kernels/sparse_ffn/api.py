@@ -1,27 +1,19 @@
 """One signature for every implementation of the sparse feed-forward layer."""
 
-import importlib
 import math
-from types import ModuleType
 
 import jax
 
 from sparse_lm.kernels import devices
+from sparse_lm.kernels.implementations import loader
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select, linear
 
-# By name, the module that has it. Lazy: Pallas takes a while to import.
+# By name, the module that has it.
 # `reference` is what the others are tested against.
 IMPLEMENTATIONS: dict[str, str] = {
     "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
     "reference": "reference"}
-
-
-def _module(implementation: str) -> ModuleType:
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is not one of "
-                     f"{', '.join(IMPLEMENTATIONS)}")
-  return importlib.import_module(
-      f"sparse_lm.kernels.sparse_ffn.{IMPLEMENTATIONS[implementation]}")
+_module = loader("sparse_ffn", IMPLEMENTATIONS)
 
 
 def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,

@@ -80,8 +80,8 @@ def multiply_gate(tile, x_gmem, gate_gmem, *, x_smem, gate_smem, score_smem,
 
   for chunk in range(copies):
     copy(chunk)
-  score_smem[...] = pl.run_scoped(
-      multiply, plgpu.ACC(score_smem.shape, jnp.float32))
+  mosaic_gpu.store(score_smem, pl.run_scoped(
+      multiply, plgpu.ACC(score_smem.shape, jnp.float32)))
   plgpu.commit_smem()
 
 

@@ -53,7 +53,6 @@ class SplitCache:
         write_rows(self.value_BxKxSxE, value_BxLxKxE, positions_BxL),
         self.implementation)
 
-
   def step(self, rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
            lengths_B: jax.Array, window: jax.Array | int,
            config: AttentionConfig
