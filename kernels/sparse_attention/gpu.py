@@ -53,8 +53,8 @@ def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
       query_BxKxGxE.shape[2])
 
 
-def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem, rotary_gmem,
-                 key1_gmem, key2_gmem, value_gmem, score_gmem, state_gmem, *,
+def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem,
+                 rotary_gmem, key1_gmem, key2_gmem, value_gmem, score_gmem, state_gmem, *,
                  key_smem, barrier) -> None:
   """Scores of a chunk of keys, and their statistics.
 

@@ -33,9 +33,9 @@ from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
 
 # Up to so many tokens it is no slower than reading everything, on an H200.
 FASTER_UP_TO = 8
-# Shared memory for the rows of a warpgroup. Two blocks of two warpgroups share a
-# multiprocessor, so that their waits overlap; so do two of the one kernel, whose
-# rows lie beside the gate's chunks.
+# Shared memory for the rows of a warpgroup. Two blocks of two warpgroups share
+# a multiprocessor, so that their waits overlap; so do two of the one kernel,
+# whose rows lie beside the gate's chunks.
 _ROWS_BYTES = 48 * 1024
 _ROWS_BYTES_OF_ONE = 34 * 1024
 # Where rows are too long for that a block is alone, and has so much in all.
