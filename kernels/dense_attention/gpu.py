@@ -36,8 +36,9 @@ def unsupported(query_BxKxGxE: jax.Array, key_BxKxSxE: jax.Array) -> str | None:
 
 
 def _mix_chunk(heads, group, softcap, eager, bounds_gmem, rows_gmem,
-               rotary_gmem, key_gmem, value_gmem, part_gmem, sum_gmem, *, key_smem,
-               value_smem, weight_smem, key_barrier, value_barrier) -> None:
+               rotary_gmem, key_gmem, value_gmem, part_gmem, sum_gmem, *,
+               key_smem, value_smem, weight_smem, key_barrier,
+               value_barrier) -> None:
   """A chunk's part of the group's results.
 
   Args:

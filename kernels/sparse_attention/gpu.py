@@ -54,8 +54,8 @@ def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
 
 
 def _score_chunk(heads, group, write, eager, bounds_gmem, rows_gmem,
-                 rotary_gmem, key1_gmem, key2_gmem, value_gmem, score_gmem, state_gmem, *,
-                 key_smem, barrier) -> None:
+                 rotary_gmem, key1_gmem, key2_gmem, value_gmem, score_gmem,
+                 state_gmem, *, key_smem, barrier) -> None:
   """Scores of a chunk of keys, and their statistics.
 
   Args:
