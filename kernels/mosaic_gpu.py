@@ -1,10 +1,12 @@
-"""What differs between the versions of Pallas Mosaic GPU that are supported."""
+"""What Pallas Mosaic GPU lacks, and how its supported versions differ."""
 
 from collections.abc import Callable
 import math
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 # Layouts are chosen here and not inferred, and barriers stand where they must.
 PARAMS = plgpu.CompilerParams(
@@ -33,6 +35,27 @@ def store(ref, value: jax.Array) -> None:
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value
+
+
+def cluster_sync(barrier) -> None:
+  """Waits for a cluster's blocks: what each wrote before, all see after.
+
+  Interpret mode knows the barrier, and needs `inline_mgpu="ignore"` for the
+  fences, without which writes to global memory need not be seen.
+
+  Args:
+    barrier: a `plgpu.ClusterBarrier` of all of the cluster's axes.
+  """
+  @plgpu.inline_mgpu()
+  def fence(_):
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;",
+                    "", has_side_effects=True)
+
+  fence()
+  plgpu.commit_smem()  # All threads have come this far.
+  plgpu.barrier_arrive(barrier)
+  plgpu.barrier_wait(barrier)
+  fence()
 
 
 def inlined(function: Callable[[jax.Array], jax.Array]
