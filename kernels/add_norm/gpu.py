@@ -33,15 +33,21 @@ def unsupported(x_NxD: jax.Array) -> str | None:
   return None
 
 
-def _token(epsilon, x_gmem, y_gmem, y_scale_gmem, scale_gmem, sum_gmem,
-           norm_gmem) -> None:
-  """One token: see `api.add_norm` for what the arrays are."""
-  token, columns = lax.axis_index("token"), x_gmem.shape[1]
+def load_and_add(refs, epsilon: float) -> tuple[jax.Array, jax.Array]:
+  """x + norm(y) and its norm, for one token, in every block that asks.
+
+  Args:
+    refs: x, y, y's scale and the sum's, each (D,).
+    epsilon: added to mean squares.
+
+  Returns:
+    Both (D,) in bfloat16, spread over a warpgroup.
+  """
+  columns = refs[0].shape[0]
   vector = 4 if columns % _COLUMNS == 0 else 2
   layout = plgpu.Layout.WG_STRIDED((columns,), vector)
   x, y, y_scale, scale = (
-      mosaic_gpu.load(ref, layout, optimized=False) for ref in (
-          x_gmem.at[token], y_gmem.at[token], y_scale_gmem, scale_gmem))
+      mosaic_gpu.load(ref, layout, optimized=False) for ref in refs)
 
   def norm(x, scale):
     x = x.astype(jnp.float32)
@@ -52,8 +58,17 @@ def _token(epsilon, x_gmem, y_gmem, y_scale_gmem, scale_gmem, sum_gmem,
   # In float32 a sum of two bfloat16 numbers is rounded once, as by XLA.
   x = x.astype(jnp.float32) + norm(y, y_scale).astype(jnp.float32)
   x = x.astype(jnp.bfloat16)
-  mosaic_gpu.store(sum_gmem.at[token], x)
-  mosaic_gpu.store(norm_gmem.at[token], norm(x, scale))
+  return x, norm(x, scale)
+
+
+def _token(epsilon, x_gmem, y_gmem, y_scale_gmem, scale_gmem, sum_gmem,
+           norm_gmem) -> None:
+  """One token: see `api.add_norm` for what the arrays are."""
+  token = lax.axis_index("token")
+  total, norm = load_and_add((x_gmem.at[token], y_gmem.at[token], y_scale_gmem,
+                              scale_gmem), epsilon)
+  mosaic_gpu.store(sum_gmem.at[token], total)
+  mosaic_gpu.store(norm_gmem.at[token], norm)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -5,6 +5,7 @@ import math
 import jax
 
 from sparse_lm.kernels import devices
+from sparse_lm.kernels.add_norm import add_norm
 from sparse_lm.kernels.implementations import loader
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select, linear
 
@@ -109,6 +110,52 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
       that do not fit.
   """
   arrays = (x_BxD, gate_FxR, up_FxU, down_FxD)
+  return _checked(implementation, *arrays).sparse_ffn(*arrays, select,
+                                                      up_activation)
+
+
+def add_norm_and_sparse_ffn(
+    x_BxD: jax.Array, y_BxD: jax.Array, y_scale_D: jax.Array,
+    scale_D: jax.Array, gate_FxR: jax.Array, up_FxU: jax.Array | None,
+    down_FxD: jax.Array, *, epsilon: float, select: Select,
+    up_activation: Activation = linear, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`add_norm`, and `sparse_ffn` of the norm: where it can, in a kernel less.
+
+  Args:
+    x_BxD: the residual stream, like the next three as `add_norm` has them.
+    y_BxD: what is added to it.
+    y_scale_D: of y's norm.
+    scale_D: of the sum's.
+    gate_FxR: as `sparse_ffn` has it, like what follows.
+    up_FxU: None in a plain layer; or its `layout`.
+    down_FxD: as training has it; or its `layout`.
+    epsilon: as `add_norm` has it.
+    select: as `sparse_ffn` has it, like what follows.
+    up_activation: of the other branch.
+    implementation: of `sparse_ffn`.
+
+  Returns:
+    x + norm(y), and what `sparse_ffn` returns.
+
+  Raises:
+    ValueError: as `sparse_ffn`.
+  """
+  tokens = x_BxD, y_BxD, y_scale_D, scale_D
+  arrays = gate_FxR, up_FxU, down_FxD
+  module = _checked(implementation, x_BxD, *arrays)
+  takes_in = getattr(module, "takes_in_add_norm", None)
+  if takes_in and takes_in(x_BxD, select):
+    return module.add_norm_and_sparse_ffn(*tokens, epsilon, *arrays, select,
+                                          up_activation)
+  x_BxD, norm_BxD = add_norm(*tokens, epsilon=epsilon)
+  return x_BxD, *module.sparse_ffn(norm_BxD, *arrays, select, up_activation)
+
+
+def _checked(implementation: str | None, x_BxD: jax.Array, gate_FxR: jax.Array,
+             up_FxU: jax.Array | None, down_FxD: jax.Array):
+  """The implementation's module, if it can serve such arrays."""
+  arrays = (x_BxD, gate_FxR, up_FxU, down_FxD)
   if implementation is None:
     implementation = choose(jax.devices()[0], *arrays) or "reference"
   module = _module(implementation)
@@ -126,4 +173,4 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
   if reason := unsupported(implementation, *arrays):
     raise ValueError(f"implementation={implementation!r}: {reason}")
-  return module.sparse_ffn(*arrays, select, up_activation)
+  return module

@@ -2,7 +2,9 @@
 
 Two kernels. The first multiplies the gate: it streams all of it, a tile of
 neurons a thread block, through the tensor cores, and leaves each tile's mean
-and squared deviations beside the scores. In the second each warpgroup takes one
+and squared deviations beside the scores. For one token it can make what it
+multiplies as well, adding up the residual stream and norming it while the gate
+is on its way. In the second each warpgroup takes one
 token and a few neurons: it adds the tiles' statistics up to the threshold,
 makes activations of its scores, lists the active neurons and asks for their
 rows of `up` and `down`, in copies that run by themselves. As rows arrive it
@@ -24,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.add_norm import gpu as add_norm
 from sparse_lm.kernels.sparse_ffn import gpu_rows, gpu_scores
 from sparse_lm.kernels.sparse_ffn.gpu_rows import COLUMNS, GROUP
 from sparse_lm.kernels.sparse_ffn.gpu_scores import CHUNK, LANES, TILE
@@ -79,11 +82,12 @@ def _rows_bytes_of_one(widths: list[int]) -> int | None:
 
 def _kernel(body, out_type, blocks: int, tokens: int, warpgroups: int,
             **scratch):
+  # Sums over all of a warpgroup are for those that are alone in their block.
+  parts = dict(num_threads=warpgroups, thread_name="part")
   return plgpu.kernel(
       body, out_type=out_type, grid=(blocks, tokens),
-      grid_names=("block", "token"), num_threads=warpgroups,
-      thread_name="part", scratch_types=scratch,
-      compiler_params=mosaic_gpu.PARAMS)
+      grid_names=("block", "token"), scratch_types=scratch,
+      compiler_params=mosaic_gpu.PARAMS, **parts if warpgroups > 1 else {})
 
 
 def _rows(up_FxU: jax.Array | None, down_FxD: jax.Array
@@ -114,6 +118,32 @@ def _predict(x_BxD, gate_FxR):
                  **gpu_scores.scratch(tokens, width))(x_BxD, gate_FxR)
 
 
+@functools.partial(jax.jit, static_argnums=4)
+def _add_norm_and_predict(x_1xD, y_1xD, y_scale_D, scale_D, epsilon, gate_FxR):
+  """As `_predict`, of norm(x + norm(y)); also that sum and its norm, (1, D)."""
+  neurons, width = gate_FxR.shape
+  tiles = neurons // TILE
+
+  def add_and_write_scores(*refs, norm_smem, **smem):
+    *tokens, gate_gmem, score_gmem, statistics_gmem, sum_gmem, norm_gmem = refs
+    gpu_scores.write_scores(
+        functools.partial(gpu_scores.add_and_norm, tokens, epsilon, sum_gmem,
+                          norm_gmem, norm_smem),
+        gate_gmem, score_gmem, statistics_gmem, **smem)
+
+  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  like_x = jax.ShapeDtypeStruct((x_1xD.size,), x_1xD.dtype)
+  out = (f32((1, neurons)), f32((2, 1, 32 * pl.cdiv(tiles, 32))), like_x,
+         like_x)
+  score, statistics, *tokens = _kernel(
+      add_and_write_scores, out, tiles, 1, 1,
+      norm_smem=plgpu.SMEM(like_x.shape, like_x.dtype),
+      **gpu_scores.scratch(1, width, added=True))(
+          *(a.reshape(-1) for a in (x_1xD, y_1xD, y_scale_D, scale_D)),
+          gate_FxR)
+  return score, statistics, *(a[None] for a in tokens)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _accumulate(select, up_activation, score, statistics, x_BxD, up_FxU,
                 down_FxD):
@@ -126,7 +156,7 @@ def _accumulate(select, up_activation, score, statistics, x_BxD, up_FxU,
                if k <= tokens and neurons % (2 * k * GROUP) == 0)
   blocks = neurons // (2 * groups * GROUP)
 
-  def body(score_gmem, statistics_gmem, x_gmem, *refs, y_smem, y_barrier,
+  def add_active(score_gmem, statistics_gmem, x_gmem, *refs, y_smem, y_barrier,
            **smem):
     *rows_gmem, y_gmem, count_gmem = refs
     gmem = dict(zip(rows, rows_gmem))
@@ -162,7 +192,7 @@ def _accumulate(select, up_activation, score, statistics, x_BxD, up_FxU,
   scratch = gpu_rows.scratch(2, groups * GROUP, 2,
                              _rows_bytes(gpu_rows.widths(shapes)), shapes)
   return _kernel(
-      body, out, blocks, tokens, 2, y_barrier=plgpu.Barrier(),
+      add_active, out, blocks, tokens, 2, y_barrier=plgpu.Barrier(),
       y_smem=plgpu.SMEM(shapes["down"], jnp.float32), **scratch)(
           score, statistics, x_BxD.reshape(tokens, -1, COLUMNS),
           *rows.values())
@@ -200,19 +230,44 @@ def _predict_and_accumulate(select, up_activation, x_1xD, gate_FxR, up_FxU,
           x_1xD, x_1xD.reshape(1, -1, COLUMNS), gate_FxR, *rows.values())
 
 
+def _add_active(select, up_activation, score, statistics, x_BxD, up_FxU,
+                down_FxD) -> tuple[jax.Array, jax.Array]:
+  """What follows scores and statistics, whatever the selection."""
+  if not isinstance(select, (Elementwise, StatisticalTopk)):
+    # Of the whole row: XLA's work.
+    score, select = select(score), Elementwise(linear)
+  return _add_up(x_BxD, *_accumulate(select, up_activation, score, statistics,
+                                     x_BxD, up_FxU, down_FxD))
+
+
+def _add_up(x_BxD, y, count) -> tuple[jax.Array, jax.Array]:
+  return y.sum(0).reshape(x_BxD.shape).astype(x_BxD.dtype), count.sum((0, 1))
+
+
 def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`; what it serves, `unsupported` says."""
   if isinstance(select, Elementwise) and x_BxD.shape[0] == 1:
-    y, count = _predict_and_accumulate(select, up_activation, x_BxD, gate_FxR,
-                                       up_FxU, down_FxD)
-  else:
-    score, statistics = _predict(x_BxD, gate_FxR)
-    if not isinstance(select, (Elementwise, StatisticalTopk)):
-      # Of the whole row: XLA's work.
-      score, select = select(score), Elementwise(linear)
-    y, count = _accumulate(select, up_activation, score, statistics, x_BxD,
-                           up_FxU, down_FxD)
-  y_BxD = y.sum(0).reshape(x_BxD.shape).astype(x_BxD.dtype)
-  return y_BxD, count.sum((0, 1))
+    return _add_up(x_BxD, *_predict_and_accumulate(
+        select, up_activation, x_BxD, gate_FxR, up_FxU, down_FxD))
+  return _add_active(select, up_activation, *_predict(x_BxD, gate_FxR), x_BxD,
+                     up_FxU, down_FxD)
+
+
+def takes_in_add_norm(x_BxD: jax.Array, select: Select) -> bool:
+  """Whether `add_norm_and_sparse_ffn` serves, where `sparse_ffn` does."""
+  return (x_BxD.shape[0] == 1 and not isinstance(select, Elementwise)
+          and not add_norm.unsupported(x_BxD))
+
+
+def add_norm_and_sparse_ffn(
+    x_1xD: jax.Array, y_1xD: jax.Array, y_scale_D: jax.Array,
+    scale_D: jax.Array, epsilon: float, gate_FxR: jax.Array,
+    up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
+    up_activation: Activation) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """As `api.add_norm_and_sparse_ffn`, of one token."""
+  *scores, sum_1xD, norm_1xD = _add_norm_and_predict(
+      x_1xD, y_1xD, y_scale_D, scale_D, epsilon, gate_FxR)
+  return sum_1xD, *_add_active(select, up_activation, *scores, norm_1xD,
+                               up_FxU, down_FxD)

@@ -7,6 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.add_norm.gpu import load_and_add
 from sparse_lm.kernels.sparse_ffn.select import StatisticalTopk
 
 # Neurons of a tile: the rows of the smallest tensor core product.
@@ -19,22 +20,34 @@ _COPIES = 2
 BYTES = 2 * _COPIES * (TILE + 8) * CHUNK + 4 * TILE * 8
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
+# Of (8, 256): 64 columns a warp, four rows at a time.
+_EIGHT = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, CHUNK), (4, 64), (8,))), warp_dims=(-4,),
+    lane_dims=(-3, -2), vector_dim=-1)
 # Of a vector, 32 numbers or a multiple, lane by lane; every warp has them all.
 LANES = plgpu.Layout.TILED(
     plgpu.Tiling(((32,), (1,))), warp_dims=(plgpu.Replicated(4),),
     lane_dims=(-2,), vector_dim=-1)
 
 
-def scratch(tokens: int, width: int) -> dict:
-  """Shared memory of `multiply_gate`, for so many tokens of R dims."""
-  copies, n = min(_COPIES, width // CHUNK), whole_eights(tokens)
+def scratch(tokens: int, width: int, added: bool = False) -> dict:
+  """Shared memory of `multiply_gate`, for so many tokens of R dims.
+
+  Args:
+    tokens: B.
+    width: R.
+    added: whether the block makes x itself, whole; it copies chunks otherwise.
+  """
+  chunks, n = width // CHUNK, whole_eights(tokens)
+  copies = min(_COPIES, chunks)
   return dict(
-      x_smem=plgpu.SMEM((copies, n, CHUNK), jnp.bfloat16,
+      x_smem=plgpu.SMEM((chunks if added else copies, n, CHUNK), jnp.bfloat16,
                         transforms=_SWIZZLED),
       gate_smem=plgpu.SMEM((copies, TILE, CHUNK), jnp.bfloat16,
                            transforms=_SWIZZLED),
       score_smem=plgpu.SMEM((TILE, n), jnp.float32),
-      chunk_barriers=plgpu.Barrier(num_arrivals=2, num_barriers=copies))
+      chunk_barriers=plgpu.Barrier(num_arrivals=1 if added else 2,
+                                   num_barriers=copies))
 
 
 def whole_eights(tokens: int) -> int:
@@ -42,28 +55,31 @@ def whole_eights(tokens: int) -> int:
   return 8 * pl.cdiv(tokens, 8)
 
 
-def multiply_gate(tile, x_gmem, gate_gmem, *, x_smem, gate_smem, score_smem,
+def multiply_gate(tile, get_x, gate_gmem, *, x_smem, gate_smem, score_smem,
                   chunk_barriers) -> None:
   """Leaves a tile's scores in shared memory.
 
   Args:
     tile: which one, traced.
-    x_gmem: the tokens (B, D); B is at most 8 or whole eights.
+    get_x: the tokens (B, D) in global memory, B at most 8 or whole eights; or
+      a function that leaves them in x_smem.
     gate_gmem: the gate (F, R).
     x_smem: chunks of x's columns.
     gate_smem: chunks of the tile's columns.
     score_smem: written, (64, n), n being the tokens in whole eights.
-    chunk_barriers: when both chunks are there.
+    chunk_barriers: when the chunks are there.
   """
   rows = pl.ds(tile * TILE, TILE)
   # Those beyond the tokens become 0. Literal bounds would be checked: 0 * tile.
   tokens = pl.ds(0 * tile, x_smem.shape[1])
   chunks, copies = gate_gmem.shape[1] // CHUNK, gate_smem.shape[0]
+  copied = [(gate_gmem, rows, gate_smem)]
+  if not callable(get_x):
+    copied.append((get_x, tokens, x_smem))
 
   def copy(chunk):
     slot, columns = chunk % copies, pl.ds(chunk * CHUNK, CHUNK)
-    for gmem, lines, smem in ((gate_gmem, rows, gate_smem),
-                              (x_gmem, tokens, x_smem)):
+    for gmem, lines, smem in copied:
       plgpu.copy_gmem_to_smem(gmem.at[lines, columns], smem.at[slot],
                               chunk_barriers.at[slot])
 
@@ -71,8 +87,8 @@ def multiply_gate(tile, x_gmem, gate_gmem, *, x_smem, gate_smem, score_smem,
     for chunk in range(chunks):
       slot = chunk % copies
       plgpu.barrier_wait(chunk_barriers.at[slot])
-      plgpu.wgmma(accumulator, gate_smem.at[slot],
-                  plgpu.transpose_ref(x_smem.at[slot], (1, 0)))
+      plgpu.wgmma(accumulator, gate_smem.at[slot], plgpu.transpose_ref(
+          x_smem.at[chunk % x_smem.shape[0]], (1, 0)))
       plgpu.wgmma_wait(0)
       if chunk + copies < chunks:
         copy(chunk + copies)
@@ -80,17 +96,48 @@ def multiply_gate(tile, x_gmem, gate_gmem, *, x_smem, gate_smem, score_smem,
 
   for chunk in range(copies):
     copy(chunk)
+  if callable(get_x):
+    get_x(x_smem)
   mosaic_gpu.store(score_smem, pl.run_scoped(
       multiply, plgpu.ACC(score_smem.shape, jnp.float32)))
   plgpu.commit_smem()
 
 
-def write_scores(x_gmem, gate_gmem, score_gmem, statistics_gmem, *,
+def add_and_norm(refs, epsilon: float, sum_gmem, norm_gmem, norm_smem, x_smem
+                 ) -> None:
+  """The one token is norm(x + norm(y)): a kernel less, while the gate comes.
+
+  Args:
+    refs: as `add_norm.gpu.load_and_add` has them.
+    epsilon: likewise.
+    sum_gmem: written by the first block, (D,): x + norm(y).
+    norm_gmem: likewise, its norm.
+    norm_smem: likewise, by every block.
+    x_smem: written, as `multiply_gate` has it.
+  """
+  total, norm = load_and_add(refs, epsilon)
+  norm_smem[...] = norm
+  plgpu.commit_smem()
+  for chunk in range(x_smem.shape[0]):
+    part = mosaic_gpu.load(norm_smem.at[pl.ds(chunk * CHUNK, CHUNK)],
+                           _EIGHT.reduce(0), optimized=False)
+    # Eight times the same token: the tensor cores take no fewer.
+    part = lax.broadcast_in_dim(part, x_smem.shape[1:], (1,))
+    mosaic_gpu.store(x_smem.at[chunk], plgpu.layout_cast(part, _EIGHT))
+  plgpu.commit_smem()
+
+  @pl.when(lax.axis_index("block") == 0)
+  def _():
+    mosaic_gpu.store(sum_gmem, total)
+    mosaic_gpu.store(norm_gmem, norm)
+
+
+def write_scores(get_x, gate_gmem, score_gmem, statistics_gmem, *,
                  score_smem, **smem) -> None:
   """A kernel's body: a tile's scores, their mean and deviations from it.
 
   Args:
-    x_gmem: as for `multiply_gate`, like the gate.
+    get_x: as for `multiply_gate`, like the gate.
     gate_gmem: the gate.
     score_gmem: written, (B, F).
     statistics_gmem: written, (2, B, t): means, then squared deviations.
@@ -98,7 +145,7 @@ def write_scores(x_gmem, gate_gmem, score_gmem, statistics_gmem, *,
     **smem: likewise.
   """
   tile = lax.axis_index("block")
-  multiply_gate(tile, x_gmem, gate_gmem, score_smem=score_smem, **smem)
+  multiply_gate(tile, get_x, gate_gmem, score_smem=score_smem, **smem)
   for token in range(score_gmem.shape[0]):
     score = mosaic_gpu.load(score_smem.at[:, token], LANES, optimized=False)
     mosaic_gpu.store(score_gmem.at[token, pl.ds(tile * TILE, TILE)], score)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flax import nnx
 import jax
 
+from sparse_lm.decoding.layers import NeuronMajorFFN
 from sparse_lm.kernels.add_norm import add_norm
 from sparse_lm.model.cache import LayerCache
 from sparse_lm.model.layers import RMSNorm
@@ -61,8 +62,12 @@ class DecodingBlock(nnx.Module):
     x_BxLxD, normed_BxLxD = self.enter.add(stream)
     y_BxLxD, attended_BxL, visible_BxL, cache = self.attention(
         normed_BxLxD, positions_BxL, segments_BxL, layer.window, cache)
-    x_BxLxD, normed_BxLxD = self.between.add((x_BxLxD, y_BxLxD))
-    y_BxLxD, neurons = self.ffn(normed_BxLxD, layer.sparse)
+    if isinstance(self.ffn, NeuronMajorFFN) and self.ffn.skips(x_BxLxD):
+      x_BxLxD, y_BxLxD, neurons = self.ffn.add_norm_and_call(
+          x_BxLxD, y_BxLxD, self.between.out_norm, self.between.norm)
+    else:
+      x_BxLxD, normed_BxLxD = self.between.add((x_BxLxD, y_BxLxD))
+      y_BxLxD, neurons = self.ffn(normed_BxLxD, layer.sparse)
     sums = sum_up(positions_BxL, segments_BxL, attended_BxL, visible_BxL,
                   neurons, measures)
     return (x_BxLxD, y_BxLxD), sums, cache

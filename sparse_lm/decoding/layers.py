@@ -6,11 +6,12 @@ import jax
 from sparse_lm.config import RELU_FAMILY
 from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.sparse_ffn import (Elementwise, Select,
-                                          StatisticalTopk, choose, layout,
-                                          sparse_ffn)
+                                          StatisticalTopk,
+                                          add_norm_and_sparse_ffn, choose,
+                                          layout, sparse_ffn)
 from sparse_lm.model.activity import ActiveCount, Activity
 from sparse_lm.model.ffn import FFN, apply_sparsifier
-from sparse_lm.model.layers import project
+from sparse_lm.model.layers import RMSNorm, project
 
 
 def can_skip(ffn: FFN, sparse: bool) -> bool:
@@ -94,13 +95,28 @@ class NeuronMajorFFN(FFN):
     return self.implementation or choose(jax.devices()[0], x_BxD,
                                          *self.matrices())
 
+  def skips(self, x_BxLxD: jax.Array) -> bool:
+    """Whether a kernel computes it: one token a row."""
+    return x_BxLxD.shape[1] == 1 and self.chosen(x_BxLxD[:, 0]) is not None
+
   def __call__(self, x_BxLxD: jax.Array, sparse: bool | jax.Array = True
                ) -> tuple[jax.Array, Activity | ActiveCount]:
-    x_BxD = x_BxLxD[:, 0]
-    chosen = self.chosen(x_BxD) if x_BxLxD.shape[1] == 1 else None
-    if chosen is None:
+    if not self.skips(x_BxLxD):
       return super().__call__(x_BxLxD, sparse)
-    y_BxD, active_B = sparse_ffn(
-        x_BxD, *self.matrices(), select=self.select,
-        up_activation=self.up_activation, implementation=chosen)
+    x_BxD = x_BxLxD[:, 0]
+    y_BxD, active_B = sparse_ffn(x_BxD, *self.matrices(), **self._how(x_BxD))
     return y_BxD[:, None], ActiveCount(active_B[:, None])
+
+  def add_norm_and_call(
+      self, x_BxLxD: jax.Array, y_BxLxD: jax.Array, y_norm: RMSNorm,
+      norm: RMSNorm) -> tuple[jax.Array, jax.Array, ActiveCount]:
+    """x + y_norm(y), and `self` of its norm, by a kernel: `skips` must hold."""
+    x_BxD, y_BxD = x_BxLxD[:, 0], y_BxLxD[:, 0]
+    x_BxD, y_BxD, active_B = add_norm_and_sparse_ffn(
+        x_BxD, y_BxD, y_norm.scale_D[...], norm.scale_D[...], *self.matrices(),
+        epsilon=norm.epsilon, **self._how(x_BxD))
+    return x_BxD[:, None], y_BxD[:, None], ActiveCount(active_B[:, None])
+
+  def _how(self, x_BxD: jax.Array) -> dict:
+    return dict(select=self.select, up_activation=self.up_activation,
+                implementation=self.chosen(x_BxD))

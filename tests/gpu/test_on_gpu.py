@@ -17,7 +17,7 @@ from sparse_lm.kernels.add_norm import add_norm
 from sparse_lm.kernels.spark_attention import spark_attention
 from sparse_lm.kernels.sparse_attention import sparse_attention
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
-                                          sparse_ffn)
+                                          add_norm_and_sparse_ffn, sparse_ffn)
 from sparse_lm.kernels.statistical_topk import gated_topk
 from sparse_lm.model import Transformer
 
@@ -129,6 +129,23 @@ def test_add_norm():
   for a, b in zip(*(add_norm(x, y, *scales, epsilon=1e-6, implementation=name)
                     for name in ("pallas_gpu", "xla"))):
     assert error(a, b) < 5e-3
+
+
+def test_sparse_ffn_after_add_norm():
+  """As in two steps."""
+  x, *rest = make(SPARK, 1)
+  y = jax.random.normal(jax.random.key(4), x.shape, jnp.bfloat16)
+  scales = [jax.random.normal(jax.random.key(i), x.shape[1:]) for i in (5, 6)]
+  select = CASES["spark"][1]
+  run = jax.jit(functools.partial(add_norm_and_sparse_ffn, epsilon=1e-6,
+                                  select=select, implementation="pallas_gpu"))
+  got = run(x, y, *scales, *rest)
+  total, normed = add_norm(x, y, *scales, epsilon=1e-6)
+  expected, count = sparse_ffn(normed, *rest, select=select,
+                               implementation="pallas_gpu")
+  assert error(got[0], total) < 5e-3
+  assert error(got[1], expected) < 1e-2
+  assert abs(int(got[2][0]) - int(count[0])) <= 4
 
 
 @pytest.mark.parametrize("shape", ["spark", "dense"])

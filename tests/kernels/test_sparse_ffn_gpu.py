@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk, gpu,
+from sparse_lm.kernels.add_norm import xla as add_norm
+from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
+                                          add_norm_and_sparse_ffn, gpu,
                                           sparse_ffn, unsupported)
 from sparse_lm.kernels.sparse_ffn.gpu_scores import TILE
 
@@ -53,12 +55,16 @@ def formula(arrays, select, up_activation):
   return hidden @ down, (activation != 0).sum(1)
 
 
-def run(arrays, select, up_activation=linear):
+def interpret(function, *arrays, **kwargs):
   params = plgpu.InterpretGPUParams(detect_races=True)
   with plgpu.force_gpu_interpret_mode(params):
-    return jax.device_get(sparse_ffn(
-        *arrays, select=select, up_activation=up_activation,
-        implementation="pallas_gpu"))
+    return jax.device_get(function(*arrays, **kwargs,
+                                   implementation="pallas_gpu"))
+
+
+def run(arrays, select, up_activation=linear):
+  return interpret(sparse_ffn, *arrays, select=select,
+                   up_activation=up_activation)
 
 
 def close(y, expected):
@@ -84,6 +90,57 @@ def test_against_the_formula(shape, select, up_activation):
   expected, count = formula(arrays, select, up_activation)
   np.testing.assert_array_equal(active, count)
   assert close(y, expected)
+
+
+TOPK = StatisticalTopk(1.0, jax.nn.relu)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", sorted({1, TOKENS}))
+def test_scores_far_from_0(tokens):
+  """The threshold is right where the mean is a hundred deviations."""
+  x, gate, up, down = make("spark", tokens)
+  x = (x * 0.0625).at[:, 0].set(100)
+  arrays = x, gate.at[:, 0].set(1), up, down
+  y, active = run(arrays, TOPK)
+  expected, count = formula(arrays, TOPK, linear)
+  np.testing.assert_array_equal(active, count)
+  assert close(y, expected)
+
+
+def make_norm():
+  """y, its norm's scale, the sum's."""
+  rng = np.random.default_rng(7)
+  return [jnp.array(rng.normal(size=(1, D)) * 0.01, jnp.bfloat16),
+          *(jnp.array(rng.normal(size=D), jnp.float32) for _ in range(2))]
+
+
+@interpreted
+@pytest.mark.parametrize("shape, select", [
+    ("spark", TOPK), ("gated", TOPK), ("plain", TOPK),
+    ("spark", keep_above_mean)])
+def test_with_the_norm_before_it(shape, select):
+  x, *rest = make(shape, tokens=1)
+  norm = make_norm()
+  assert gpu.takes_in_add_norm(x, select)
+  total, y, active = interpret(add_norm_and_sparse_ffn, x, *norm, *rest,
+                               epsilon=1e-6, select=select)
+  expected, normed = add_norm.add_norm(x, *norm, 1e-6)
+  np.testing.assert_array_equal(total, expected)
+  expected, count = formula([normed, *rest], select, linear)
+  np.testing.assert_array_equal(active, count)
+  assert close(y, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("where", range(4))
+def test_what_is_not_finite_shows_after_the_norm(where):
+  x, *rest = make("spark", tokens=1)
+  arrays = [x, *make_norm()]
+  arrays[where] = arrays[where].at[..., 5].set(jnp.nan)
+  _, y, _ = interpret(add_norm_and_sparse_ffn, *arrays, *rest, epsilon=1e-6,
+                      select=TOPK)
+  assert np.isnan(np.asarray(y, np.float32)).any()
 
 
 @interpreted
@@ -142,3 +199,19 @@ def test_lowers_at_the_shapes_of_large_models(tokens, width, columns, select):
       sparse_ffn, select=select, implementation="pallas_gpu")).trace(
           *arrays).lower(lowering_platforms=("cuda",))
   assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("width", [2304, 4096])
+def test_lowers_with_the_norm_before_it(width):
+  token = jax.ShapeDtypeStruct((1, width), jnp.bfloat16)
+  scale = jax.ShapeDtypeStruct((width,), jnp.float32)
+  columns = (1024, 1280) if width == 2304 else (width, width)
+  rest = [jax.ShapeDtypeStruct((13824, n), jnp.bfloat16)
+          for n in (*columns, width)]
+  assert not gpu.takes_in_add_norm(token, Elementwise(jax.nn.relu))
+  lowered = jax.jit(functools.partial(
+      add_norm_and_sparse_ffn, epsilon=1e-6, select=TOPK,
+      implementation="pallas_gpu")).trace(
+          token, token, scale, scale, *rest).lower(
+              lowering_platforms=("cuda",))
+  assert lowered.as_text().count("@mosaic_gpu") == 2
