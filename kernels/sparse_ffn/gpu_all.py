@@ -11,7 +11,8 @@ of neurons, their mean and their squared deviations. The second multiplies `up`;
 while its first copies are on their way it makes thresholds of the tiles'
 statistics, and at the end activations of scores. The third multiplies `down`,
 some columns and some neurons a thread block; XLA adds the blocks' sums in a
-fixed order.
+fixed order. When a kernel has read its matrix it asks for the beginning of the
+next one, so that memory does not rest until the next kernel does so.
 """
 
 import dataclasses
@@ -33,11 +34,16 @@ from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
 # Rows of a tensor core product: of tokens, and of what no token has filled.
 # What those hold, anything, stays in their rows.
 _ROWS = 64
-# Columns of the tokens in one copy; of `down` in one thread block.
-_CHUNK = _COLUMNS = 128
+# Columns of the tokens in one copy.
+_CHUNK = 128
+# Columns of `down` of one thread block.
+_COLUMNS = 128
 # Shared memory of a block, which is alone on its multiprocessor.
 _SHARED_BYTES = 225 * 1024
 _PROCESSORS = 132
+# Of the copies of each thread block of a kernel, for how many the kernel before
+# asks: memory brings these 12 MB while one ends and the next one starts.
+_AHEAD = 3
 # Tiles whose statistics are added up together.
 _PIECE = 32
 _SWIZZLE = plgpu.SwizzleTransform(128)
@@ -49,7 +55,7 @@ _PARAMS = dataclasses.replace(mosaic_gpu.PARAMS, reduction_scratch_bytes=0)
 
 
 def _tile(neurons: int) -> int:
-  """Neurons of a thread block: of 128, fewer blocks read the tokens."""
+  """Neurons of a thread block: with 128, fewer blocks read the tokens."""
   return 128 if neurons % 128 == 0 else 64
 
 
@@ -129,6 +135,35 @@ def _start(first, end, tokens_at, rows_at, *, x_smem, rows_smem, barriers,
   return lambda: pl.run_scoped(run, plgpu.ACC((_ROWS, columns), jnp.float32))
 
 
+def _splits(shape: tuple[int, int]) -> tuple[int, int, int]:
+  """Of `down`: tiles of neurons, blocks of columns, splits of the tiles."""
+  tiles, blocks = shape[0] // _tile(shape[0]), shape[1] // _COLUMNS
+  return tiles, blocks, min(tiles, max(1, _PROCESSORS // blocks))
+
+
+def _prefetch_up(gmem) -> None:
+  """Asks for the beginning of this block's tile of `up`, into the cache."""
+  tile, size = lax.axis_index("block"), _tile(gmem.shape[0])
+  for i in range(min(_AHEAD, gmem.shape[1] // _CHUNK)):
+    plgpu.async_prefetch(gmem.at[pl.ds(tile * size, size),
+                                 pl.ds(i * _CHUNK, _CHUNK)])
+
+
+def _prefetch_down(gmem) -> None:
+  """Likewise, its share of what the blocks of `_down` will read first."""
+  size, (tiles, blocks, splits) = _tile(gmem.shape[0]), _splits(gmem.shape)
+  copies = blocks * splits * min(_AHEAD, tiles // splits)
+  for first in range(0, copies, tiles):
+    copy = first + lax.axis_index("block")
+
+    @pl.when(copy < copies)
+    def _(copy=copy):
+      step, block = copy // blocks, copy % blocks
+      step = step % splits * tiles // splits + step // splits
+      plgpu.async_prefetch(gmem.at[pl.ds(step * size, size),
+                                   pl.ds(block * _COLUMNS, _COLUMNS)])
+
+
 def _send(x, smem, gmem) -> None:
   """Writes an array's first rows to global memory, by way of shared memory."""
   smem[...] = x
@@ -169,14 +204,15 @@ def _threshold(select: StatisticalTopk, statistics_gmem, tiles: int, size: int):
 
 
 @jax.jit
-def _scores(x_NxD, gate_FxR):
+def _scores(x_NxD, gate_FxR, up_FxU, down_FxD):
   """Scores (N, F); tiles' means and squared deviations (2, 64, t); float32."""
+  upcoming = down_FxD if up_FxU is None else up_FxU
   neurons, width = gate_FxR.shape
   size = _tile(neurons)
   tiles, steps = neurons // size, width // _CHUNK
 
-  def body(x_gmem, gate_gmem, score_gmem, statistics_gmem, *, score_smem,
-           **smem):
+  def body(x_gmem, gate_gmem, upcoming_gmem, score_gmem, statistics_gmem, *,
+           score_smem, **smem):
     tile = lax.axis_index("block")
     rows = pl.ds(tile * size, size)
 
@@ -186,6 +222,8 @@ def _scores(x_NxD, gate_FxR):
     score = _start(0, steps, lambda i: x_gmem.at[:, columns(i)],
                    lambda i: gate_gmem.at[rows, columns(i)], **smem,
                    transposed=True)()
+    prefetch = _prefetch_down if up_FxU is None else _prefetch_up
+    prefetch(upcoming_gmem)
     mean = score.sum(1) / size
     deviation = score - _across(mean, size)
     for i, x in enumerate((mean, (deviation * deviation).sum(1))):
@@ -197,17 +235,19 @@ def _scores(x_NxD, gate_FxR):
   return _kernel(
       body, out, (tiles,),
       score_smem=plgpu.SMEM((_ROWS, size), jnp.float32, transforms=_F32),
-      **_scratch(steps, _CHUNK, (size, _CHUNK), 4 * _ROWS * size))(x_NxD, gate_FxR)
+      **_scratch(steps, _CHUNK, (size, _CHUNK), 4 * _ROWS * size))(
+          x_NxD, gate_FxR, upcoming)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU):
+def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU,
+            down_FxD):
   """What `down` multiplies (N, F), and each tile's active neurons (64, t)."""
   tokens, neurons = score_NxF.shape
   size = _tile(neurons)
   tiles, product, weights = neurons // size, {}, ()
   if up_FxU is not None:
-    steps, weights = up_FxU.shape[1] // _CHUNK, (x_NxD, up_FxU)
+    steps, weights = up_FxU.shape[1] // _CHUNK, (x_NxD, up_FxU, down_FxD)
     product = _scratch(steps, _CHUNK, (size, _CHUNK), (4 + 2) * _ROWS * size)
 
   def body(score_gmem, statistics_gmem, *refs, score_smem, score_barrier,
@@ -217,7 +257,7 @@ def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU):
     rows = pl.ds(tile * size, size)
     multiply_up = None
     if weights_gmem:
-      x_gmem, up_gmem = weights_gmem
+      x_gmem, up_gmem, down_gmem = weights_gmem
       first = x_gmem.shape[1] - up_gmem.shape[1]
       multiply_up = _start(
           0, steps, lambda i: x_gmem.at[:, pl.ds(first + i * _CHUNK, _CHUNK)],
@@ -228,7 +268,10 @@ def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU):
     theta = None
     if isinstance(select, StatisticalTopk):
       theta = _threshold(select, statistics_gmem, tiles, size)
-    up = multiply_up() if multiply_up else None
+    up = None
+    if multiply_up:
+      up = multiply_up()
+      _prefetch_down(down_gmem)
     plgpu.barrier_wait(score_barrier)
     score = mosaic_gpu.load(score_smem, _WGMMA)
     if theta is not None:
@@ -253,8 +296,7 @@ def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU):
 def _down(hidden_NxF, count, down_FxD):
   """Partial sums (splits, N, D), float32; how many neurons are active (64,)."""
   (tokens, neurons), width = hidden_NxF.shape, down_FxD.shape[1]
-  steps, blocks = neurons // (chunk := _tile(neurons)), width // _COLUMNS
-  splits = min(steps, max(1, _PROCESSORS // blocks))
+  chunk, (steps, blocks, splits) = _tile(neurons), _splits(down_FxD.shape)
 
   def body(hidden_gmem, count_gmem, down_gmem, y_gmem, active_gmem, *, y_smem,
            **smem):
@@ -292,12 +334,12 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
   tokens = x_BxD.shape[0]
   more = (0, whole_eights(tokens) - tokens), (0, 0)  # A copy is of eights.
   x_NxD = jnp.pad(x_BxD, more)
-  score_NxF, statistics = _scores(x_NxD, gate_FxR)
+  score_NxF, statistics = _scores(x_NxD, gate_FxR, up_FxU, down_FxD)
   if not isinstance(select, (Elementwise, StatisticalTopk)):
     # Of the whole row: XLA's work.
     score_NxF = jnp.pad(select(score_NxF[:tokens]), more)
     select = Elementwise(linear)
   hidden_NxF, count = _hidden(select, up_activation, score_NxF, statistics,
-                              x_NxD, up_FxU)
+                              x_NxD, up_FxU, down_FxD)
   y, active = _down(hidden_NxF, count, down_FxD)
   return y.sum(0)[:tokens].astype(x_BxD.dtype), active[:tokens]
