@@ -109,8 +109,6 @@ def _predict(x_BxD, gate_FxR):
   """
   tokens, (neurons, width) = x_BxD.shape[0], gate_FxR.shape
   tiles = neurons // TILE
-  if tokens > 8:  # A copy of more is of whole eights.
-    x_BxD = jnp.pad(x_BxD, ((0, -tokens % 8), (0, 0)))
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   out = f32((tokens, neurons)), f32((2, tokens, 32 * pl.cdiv(tiles, 32)))
   return _kernel(gpu_scores.write_scores, out, tiles, 1, 1,
