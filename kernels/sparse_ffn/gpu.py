@@ -1,5 +1,8 @@
 """The operation in Pallas Mosaic GPU, for NVIDIA Hopper.
 
+Up to 8 tokens are served here; of more, which `gpu_all` serves, every row is
+read.
+
 Two kernels. The first multiplies the gate: it streams all of it, a tile of
 neurons a thread block, through the tensor cores, and leaves each tile's mean
 and squared deviations beside the scores. For one token it can make what it
@@ -27,15 +30,15 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.add_norm import gpu as add_norm
-from sparse_lm.kernels.sparse_ffn import gpu_rows, gpu_scores
+from sparse_lm.kernels.sparse_ffn import gpu_all, gpu_rows, gpu_scores
 from sparse_lm.kernels.sparse_ffn.gpu_rows import COLUMNS, GROUP
 from sparse_lm.kernels.sparse_ffn.gpu_scores import CHUNK, LANES, TILE
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  Select, StatisticalTopk,
                                                  linear)
 
-# Up to so many tokens it is no slower than reading everything, on an H200.
-FASTER_UP_TO = 8
+# Of more tokens, together, too few neurons are inactive to be worth finding.
+_ROW_BY_ROW_UP_TO = 8
 # Shared memory for the rows of a warpgroup. Two blocks of two warpgroups share
 # a multiprocessor, so that their waits overlap; so do two of the one kernel,
 # whose rows lie beside the gate's chunks.
@@ -110,8 +113,6 @@ def _predict(x_BxD, gate_FxR):
   """
   tokens, (neurons, width) = x_BxD.shape[0], gate_FxR.shape
   tiles = neurons // TILE
-  if tokens > 8:  # A copy of more is of whole eights.
-    x_BxD = jnp.pad(x_BxD, ((0, -tokens % 8), (0, 0)))
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   out = f32((tokens, neurons)), f32((2, tokens, 32 * pl.cdiv(tiles, 32)))
   return _kernel(gpu_scores.write_scores, out, tiles, 1, 1,
@@ -248,6 +249,9 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`; what it serves, `unsupported` says."""
+  if x_BxD.shape[0] > _ROW_BY_ROW_UP_TO:
+    return gpu_all.sparse_ffn(x_BxD, gate_FxR, up_FxU, down_FxD, select,
+                              up_activation)
   if isinstance(select, Elementwise) and x_BxD.shape[0] == 1:
     return _add_up(x_BxD, *_predict_and_accumulate(
         select, up_activation, x_BxD, gate_FxR, up_FxU, down_FxD))

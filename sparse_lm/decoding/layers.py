@@ -51,8 +51,8 @@ class NeuronMajorFFN(FFN):
   """An FFN whose `gate` and `up` have a row a neuron, as `down` has.
 
   One token a row of the batch reads the rows of active neurons alone, by
-  `sparse_lm.kernels.sparse_ffn`, where that is faster; a prompt, of many
-  tokens, reads everything.
+  `sparse_lm.kernels.sparse_ffn`, where that is faster; on a GPU a batch of more
+  than 8, and everywhere a prompt, of many tokens, reads everything.
   """
 
   def __init__(self, ffn: FFN, sparse: bool, implementation: str | None):

@@ -55,7 +55,8 @@ def error(y, expected):
 
 
 @pytest.mark.parametrize("case, tokens", [
-    *itertools.product(CASES, [1, 8]), ("spark", 3), ("gated", 20)])
+    *itertools.product(CASES, [1, 8, 32]), ("spark", 3), ("gated", 20),
+    ("spark", 9), ("spark", 64)])
 def test_sparse_ffn(case, tokens):
   shapes, select = CASES[case]
   arrays = make(shapes, tokens, seed=tokens)

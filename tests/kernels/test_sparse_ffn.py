@@ -148,7 +148,8 @@ def shapes(batch, dtype=jnp.bfloat16, columns=1024):
 
 @pytest.mark.parametrize("platform, capability, arrays, expected", [
     ("cpu", None, shapes(1), "xla"), ("cpu", None, shapes(64), "xla"),
-    ("gpu", "9.0", shapes(1), "pallas_gpu"), ("gpu", "9.0", shapes(64), None),
+    ("gpu", "9.0", shapes(1), "pallas_gpu"),
+    ("gpu", "9.0", shapes(64), "pallas_gpu"), ("gpu", "9.0", shapes(65), None),
     ("gpu", "9.0", shapes(1, jnp.float32), None),
     ("gpu", "9.0", shapes(1, columns=1000), None),
     # T4, Blackwell, and another maker's.

@@ -14,13 +14,15 @@ import pytest
 from sparse_lm.kernels.add_norm import xla as add_norm
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
                                           add_norm_and_sparse_ffn, gpu,
-                                          sparse_ffn, unsupported)
+                                          gpu_all, sparse_ffn, unsupported)
 from sparse_lm.kernels.sparse_ffn.gpu_scores import TILE
 
 VERSION = jax.__version_info__
 interpreted = pytest.mark.skipif(
     VERSION < (0, 11), reason="needs GPU interpret mode, of jax 0.11")
 # Before jax 0.12 that mode has one thread block.
+many_blocks = pytest.mark.skipif(
+    VERSION < (0, 12), reason="needs more thread blocks than one")
 TILES, TOKENS = (2, 3) if VERSION >= (0, 12) else (1, 1)
 F, R, U, D = TILES * TILE, 256, 256, 512
 
@@ -34,13 +36,12 @@ def keep_above_mean(score):
   return jnp.where(score > score.mean(-1, keepdims=True), score, 0)
 
 
-def make(shape, tokens=TOKENS, seed=0):
+def make(shape, tokens=TOKENS, seed=0, neurons=F):
   """x, gate, up, down of a layer, in bfloat16."""
   rng = np.random.default_rng(seed)
-  shapes = {"spark": ((F, R), (F, U)), "gated": ((F, D), (F, D)),
-            "plain": ((F, D), None)}[shape]
-  return [None if s is None else jnp.array(rng.normal(size=s), jnp.bfloat16)
-          for s in ((tokens, D), *shapes, (F, D))]
+  gate, up = {"spark": (R, U), "gated": (D, D), "plain": (D, None)}[shape]
+  return [None if s[1] is None else jnp.array(rng.normal(size=s), jnp.bfloat16)
+          for s in ((tokens, D), (neurons, gate), (neurons, up), (neurons, D))]
 
 
 def formula(arrays, select, up_activation):
@@ -182,10 +183,58 @@ def test_what_is_not_finite_shows(where):
 GELU = functools.partial(jax.nn.gelu, approximate=True)
 
 
+@many_blocks
+@pytest.mark.parametrize("shape, neurons, tokens, select, up_activation", [
+    ("spark", 256, 20, StatisticalTopk(1.0, jax.nn.relu), linear),
+    ("spark", 192, 9, StatisticalTopk(1.0, GELU, bessel=True), jnp.tanh),
+    ("gated", 192, 16, Elementwise(jax.nn.relu), jax.nn.relu),
+    ("plain", 256, 12, StatisticalTopk(1.0, jax.nn.relu), linear),
+    ("plain", 128, 64, Elementwise(jax.nn.relu), linear),
+    ("spark", 192, 9, keep_above_mean, linear),
+    # None, and all.
+    ("spark", 128, 9, Elementwise(jnp.zeros_like), linear),
+    ("spark", 128, 9, Elementwise(linear), linear),
+])
+def test_many_tokens_against_the_formula(shape, neurons, tokens, select,
+                                         up_activation):
+  arrays = make(shape, tokens, neurons=neurons)
+  y, active = run(arrays, select, up_activation)
+  expected, count = formula(arrays, select, up_activation)
+  np.testing.assert_array_equal(active, count)
+  assert close(y, expected)
+
+
+@many_blocks
+@pytest.mark.parametrize("blocks", [4, 8])
+def test_many_tokens_with_little_shared_memory(monkeypatch, blocks):
+  """Places are filled again; of three tiles, blocks add all, or one and two."""
+  monkeypatch.setattr(gpu_all, "_SHARED_BYTES", 90 * 1024)
+  monkeypatch.setattr(gpu_all, "_PROCESSORS", blocks)
+  jax.clear_caches()
+  arrays = make("gated", 10, neurons=192)
+  y, _ = run(arrays, Elementwise(jax.nn.relu))
+  assert close(y, formula(arrays, Elementwise(jax.nn.relu), linear)[0])
+  jax.clear_caches()
+
+
+@many_blocks
+@pytest.mark.parametrize("where", range(4))
+def test_what_is_not_finite_shows_in_its_tokens(where):
+  arrays = make("spark", tokens=9, neurons=128)
+  arrays[where] = arrays[where].at[0, -1].set(jnp.nan)
+  y, _ = run(arrays, Elementwise(linear))
+  nan_B = np.isnan(np.asarray(y, np.float32)).any(1)
+  np.testing.assert_array_equal(nan_B, [True] + [where > 0] * 8)
+
+
 @pytest.mark.parametrize("tokens, width, columns, select", [
     (1, 2304, 1024, StatisticalTopk(1.4, GELU)),
+    (9, 2304, 1024, StatisticalTopk(1.4, GELU)),
+    (32, 2304, 1024, StatisticalTopk(1.4, GELU)),
     (64, 2304, 1024, StatisticalTopk(1.4, jax.nn.silu)),
     (1, 2304, 2304, Elementwise(jax.nn.relu)),  # gated
+    (32, 2304, 2304, Elementwise(jax.nn.relu)),
+    (64, 4096, 1792, StatisticalTopk(1.4, GELU)),
     # Rows so long that a block is alone on its multiprocessor.
     (8, 4096, 1792, StatisticalTopk(1.4, GELU)),
     (1, 4096, 4096, Elementwise(jax.nn.relu)),
