@@ -37,7 +37,8 @@ def store(ref, value: jax.Array) -> None:
     ref[...] = value
 
 
-def cluster_sync(barrier) -> None:
+def cluster_sync(barrier, meanwhile: Callable[[], None] = lambda: None
+                 ) -> None:
   """Waits for a cluster's blocks: what each wrote before, all see after.
 
   Interpret mode knows the barrier, and needs `inline_mgpu="ignore"` for the
@@ -45,6 +46,7 @@ def cluster_sync(barrier) -> None:
 
   Args:
     barrier: a `plgpu.ClusterBarrier` of all of the cluster's axes.
+    meanwhile: called after this block's arrival: others need not wait for it.
   """
   @plgpu.inline_mgpu()
   def fence(_):
@@ -54,6 +56,7 @@ def cluster_sync(barrier) -> None:
   fence()
   plgpu.commit_smem()  # All threads have come this far.
   plgpu.barrier_arrive(barrier)
+  meanwhile()
   plgpu.barrier_wait(barrier)
   fence()
 

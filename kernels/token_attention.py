@@ -1,10 +1,17 @@
 """What Hopper kernels of attention from one token to its cache share.
 
-A thread block has a chunk of one key/value head's keys, four warps' keys, and
-the queries of that head's group. It turns queries to their position where it
-reads them, and the block that has the newest slot writes the newest key and
-value there, in place. XLA needs three kernels for that, and each takes as long
-as one of these.
+One kernel for all, on clusters of thread blocks: another kernel takes longer
+to start than a cluster takes to exchange sums. A cluster has a key/value head.
+Its blocks take that head's spans of 64 keys in turn, a block's warpgroups 16
+keys of each span, a warp 4 of those. No warp waits for another before its own
+keys are done.
+
+A block turns its head's queries, and the newest key, to their position; the
+warpgroup whose keys the newest is one of writes it and its value to the cache,
+in place. XLA needs three kernels for that, each as long as half of this one.
+
+Sums across warps never go through reductions: the memory Mosaic GPU does those
+in is shared by a block's warpgroups.
 """
 
 from collections.abc import Callable
@@ -18,30 +25,34 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 
-# Keys of a chunk, of a warp. With half as many a Spark model's tokens took 1.5%
-# less on an H200, a dense one's 7% more.
-CHUNK, OWN = 64, 16
-WARPS = CHUNK // OWN
-# A copy's longest dimension.
-COLUMNS = 256
-# Partial sums that are added up at a time, four by four.
-_FOURS = 8
+# Warpgroups of a block, warps of each, and a warp's keys of a span.
+PARTS, WARPS, KEYS = 4, 4, 4
+OWN = WARPS * KEYS
+SPAN = PARTS * OWN
+# Blocks that a cluster may have, and that run at a time.
+CLUSTER, _BLOCKS = 16, 128
+# Columns that a warpgroup adds up at a time, and queries that a block does.
+_COLUMNS, _TOGETHER = 128, 2
 
-# Of (4, 16, columns): 4 keys a warp at a time, 8 lanes a key.
-KEYS = plgpu.Layout.TILED(
-    plgpu.Tiling(((WARPS, 4, 64), (8,))), warp_dims=(-4,),
+# Of (4, 4, columns): a warp's keys, 8 lanes each.
+BY_KEY = plgpu.Layout.TILED(
+    plgpu.Tiling(((WARPS, KEYS, 64), (8,))), warp_dims=(-4,),
     lane_dims=(-3, -2), vector_dim=-1)
-# Of (4, rows, columns): a row a warp, 4 columns a thread.
-ROWS = plgpu.Layout.TILED(
+# Likewise: each lane has 4 columns of all of its warp's keys.
+BY_COLUMN = plgpu.Layout.TILED(
     plgpu.Tiling(((WARPS, 1, 128), (4,))), warp_dims=(-4,), lane_dims=(-2,),
     vector_dim=-1)
-# Of (parts, 4, columns): likewise.
-PARTIAL = plgpu.Layout.TILED(
-    plgpu.Tiling(((1, WARPS, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,),
-    vector_dim=-1)
-# Of a number for each warp's keys in the cache: each warp has all.
-STATE = plgpu.Layout.TILED(
-    plgpu.Tiling(((32,), (1,))), warp_dims=(plgpu.Replicated(4),),
+# Of (8, 4): a number a lane, the same in each warp.
+BY_LANE = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 4), (1,))), warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-3, -2), vector_dim=-1)
+# Of (rows, 128): a column a thread.
+_BY_THREAD = plgpu.Layout.TILED(
+    plgpu.Tiling(((1, _COLUMNS), (32,), (1,))), warp_dims=(-3,),
+    lane_dims=(-2,), vector_dim=-1)
+# Of a row: the same in each warp.
+_ROW = plgpu.Layout.TILED(
+    plgpu.Tiling(((64,), (2,))), warp_dims=(plgpu.Replicated(4),),
     lane_dims=(-2,), vector_dim=-1)
 
 
@@ -56,219 +67,289 @@ def unsupported(arrays, group: int) -> str | None:
     if array.dtype != jnp.bfloat16:
       return f"needs bfloat16, not {array.dtype}"
   slots, rows = arrays[1].shape[2], arrays[0].shape[0]
-  if slots % CHUNK:
-    return f"{slots} slots are not a multiple of {CHUNK}"
+  if slots % SPAN:
+    return f"{slots} slots are not a multiple of {SPAN}"
   if group > 8 or rows > 64:
     return f"serves 8 queries a group and 64 rows, not {group} and {rows}"
   return None
 
 
-class Queries:
-  """Where the group's queries and the newest key and value are.
+def cluster_size(heads: int, slots: int) -> int:
+  """How many blocks share a head: a power of two.
+
+  Args:
+    heads: of all rows.
+    slots: of each.
+  """
+  most = min(CLUSTER, max(_BLOCKS // heads, 1), slots // SPAN)
+  return 1 << (most.bit_length() - 1)
+
+
+class Place:
+  """Where a warpgroup is, and which keys are its own.
 
   Attributes:
     row: of the batch.
-    head: of its key/value heads.
-    group: query heads per key/value head.
+    head: of all rows' key/value heads.
+    of_row: of its row's.
+    heads: how many a row has.
+    cluster: how many blocks share the head.
+    block: of these.
+    part: of the block's warpgroups.
   """
 
-  def __init__(self, rows_gmem, rotary_gmem, heads: int, group: int):
-    """Takes where they are.
+  def __init__(self, heads: int, cluster: int):
+    self.head, self.heads, self.cluster = lax.axis_index("head"), heads, cluster
+    self.row, self.of_row = self.head // heads, self.head % heads
+    self.block, self.part = lax.axis_index("block"), lax.axis_index("part")
 
-    Args:
-      rows_gmem: (B, rows, E): queries, and then, where there is
-        `rotary_gmem`, keys and values.
-      rotary_gmem: (B, 2, E / 2), cosine and sine of each pair's angle, first
-        part's and second's; None: what is there has been turned.
-      heads: key/value heads.
-      group: queries of each.
+  def sixteen(self, i) -> jax.Array:
+    """Which 16 slots are its own in the block's span `i`."""
+    return (i * self.cluster + self.block) * PARTS + self.part
+
+  def spans(self, start, end):
+    """The block's first span that has such a slot, and the one after the last.
     """
-    self.row = lax.axis_index("head") // heads
-    self.head = lax.axis_index("head") % heads
-    self.group = group
-    self._rows, self._rotary, self._heads = rows_gmem, rotary_gmem, heads
+    def before(spans):
+      return jnp.maximum(spans - self.block + self.cluster - 1, 0
+                         ) // self.cluster
 
-  def _turned(self, row, first: int, width: int) -> list[jax.Array]:
-    """Both halves of a part of a row, in float32."""
-    half, layout = width // 2, KEYS.reduce((0, 1))
+    return before(start // SPAN), before((end + SPAN - 1) // SPAN)
 
-    def get(ref, start):
-      return mosaic_gpu.load(ref.at[pl.ds(start, half)], layout,
-                             optimized=False).astype(jnp.float32)
-
-    row = self._rows.at[self.row, row]
-    a, b = get(row, first), get(row, first + half)
-    if self._rotary is None:
-      return [a, b]
-    cos, sin = (get(self._rotary.at[self.row, i], first // 2) for i in (0, 1))
-    # Rounded, as what the cache holds is.
-    return [x.astype(jnp.bfloat16).astype(jnp.float32)
-            for x in (a * cos - b * sin, b * cos + a * sin)]
-
-  def query(self, i: int, first: int, width: int) -> list[jax.Array]:
-    return self._turned(self.head * self.group + i, first, width)
-
-  def newest(self, widths) -> list[list[jax.Array]]:
-    """The newest key's parts and its value, as `store_halves` takes them.
-
-    Args:
-      widths: of the key's parts.
-    """
-    key, first, parts = self._heads * self.group + self.head, 0, []
-    for width in widths:
-      parts.append(self._turned(key, first, width))
-      first += width
-    value = self._rows.at[self.row, key + self._heads]
-    half = value.shape[-1] // 2
-    return [*parts, [mosaic_gpu.load(value.at[pl.ds(i * half, half)],
-                                     KEYS.reduce((0, 1)), optimized=False)
-                     for i in (0, 1)]]
+  def seen(self, i, start, end) -> jax.Array:
+    """Which of its keys in span `i` are visible, (4, 4)."""
+    warp, key = (
+        plgpu.broadcasted_iota(jnp.int32, (WARPS, KEYS), axis,
+                               layout=BY_KEY.reduce(2)) for axis in (0, 1))
+    slot = self.sixteen(i) * OWN + warp * KEYS + key
+    return (slot >= start) & (slot < end)
 
 
-def store_halves(ref, halves) -> None:
-  """Writes a row."""
-  half = halves[0].shape[0]
-  for i, x in enumerate(halves):
-    mosaic_gpu.store(ref.at[pl.ds(i * half, half)], x.astype(jnp.bfloat16))
+def turn_rows(at: Place, group: int, widths, rows_gmem, rotary_gmem, rows_smem
+              ) -> None:
+  """Turns the head's queries and its newest key; puts the value beside them.
+
+  Args:
+    at: the warpgroup's place.
+    group: queries of each key/value head.
+    widths: of the parts of a key, turned by themselves.
+    rows_gmem: (B, rows, E): queries, and then, where there is `rotary_gmem`,
+      keys and values.
+    rotary_gmem: (B, 2, E / 2), cosine and sine of each pair's angle, first
+      part's and second's; None: the queries have been turned.
+    rows_smem: written, (G + 2, E), or (G, E).
+  """
+  rows = [at.of_row * group + g for g in range(group)]
+  if rotary_gmem is not None:
+    rows += [at.heads * (group + i) + at.of_row for i in (0, 1)]
+
+  def get(ref, first, width):
+    return mosaic_gpu.load(ref.at[pl.ds(first, width)], _ROW, optimized=False)
+
+  def turned(row, first, half):
+    a, b = (get(row, first + i * half, half).astype(jnp.float32)
+            for i in (0, 1))
+    cos, sin = (get(rotary_gmem.at[at.row, i], first // 2, half)
+                for i in (0, 1))
+    return a * cos - b * sin, b * cos + a * sin
+
+  def move(i):
+    row = rows_gmem.at[at.row, rows[i]]
+    if rotary_gmem is None or i > group:
+      mosaic_gpu.store(rows_smem.at[i], get(row, 0, sum(widths)))
+      return
+    firsts = [sum(widths[:n]) for n in range(len(widths))]
+    # All is on its way before the first is needed.
+    parts = [turned(row, *x) for x in zip(firsts, (w // 2 for w in widths))]
+    for first, halves in zip(firsts, parts):
+      for n, x in enumerate(halves):
+        mosaic_gpu.store(
+            rows_smem.at[i, pl.ds(first + n * x.shape[0], x.shape[0])],
+            x.astype(rows_smem.dtype))
+
+  for i in range(len(rows)):
+    pl.when(at.part == i % PARTS)(functools.partial(move, i))
+
+
+def store_row(row_smem, *refs) -> None:
+  """Writes a row in shared memory to other places."""
+  row = mosaic_gpu.load(row_smem, _ROW, optimized=False)
+  for ref in refs:
+    mosaic_gpu.store(ref, row)
 
 
 def spread(x: jax.Array, shape, axes, layout) -> jax.Array:
   return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), layout)
 
 
-def products(key_smem, halves) -> jax.Array:
-  """Scaled products of a chunk's keys with a query, (4, 16) in float32."""
-  half, total = halves[0].shape[0], None
-  for i, x in enumerate(halves):
-    key = mosaic_gpu.load(key_smem.at[:, :, pl.ds(i * half, half)], KEYS)
-    product = key.astype(jnp.float32) * spread(x, key.shape, (2,), KEYS)
+def products(key_smem, query_smem) -> jax.Array:
+  """Scaled products of (4, 4, columns) with a query, (4, 4) in float32."""
+  width, total = query_smem.shape[0], None
+  for first in range(0, width, 64):
+    columns = pl.ds(first, 64)
+    key = mosaic_gpu.load(key_smem.at[:, :, columns], BY_KEY)
+    query = mosaic_gpu.load(query_smem.at[columns], BY_KEY.reduce((0, 1)),
+                            optimized=False).astype(jnp.float32)
+    product = key.astype(jnp.float32) * spread(query, key.shape, (2,), BY_KEY)
     total = product if total is None else total + product
-  return total.sum(2) * (2 * half) ** -0.5
-
-
-def seen_keys(start, end) -> jax.Array:
-  """Which of the chunk's keys are visible, (4, 16)."""
-  layout = KEYS.reduce(2)
-  warp, own = (plgpu.broadcasted_iota(jnp.int32, (WARPS, OWN), i,
-                                      layout=layout) for i in (0, 1))
-  key = warp * OWN + own + lax.axis_index("chunk") * CHUNK
-  return (key >= start) & (key < end)
-
-
-def overlap(start, end, parts: jax.Array) -> jax.Array:
-  """How many of each warp's keys are visible, by the warps' numbers."""
-  below = jnp.minimum(parts * OWN + OWN, end)
-  count = below - jnp.maximum(parts * OWN, start)
-  return jnp.maximum(count, 0).astype(jnp.float32)
-
-
-def in_sight(bounds_gmem, row, chunk):
-  """The row's first visible slot, the one after the last, is one here?"""
-  start, end = bounds_gmem[row, 0], bounds_gmem[row, 1]
-  return start, end, (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > start)
-
-
-def wait_unseen(visible, barriers) -> None:
-  """Waits for copies that nothing needs: a block must not end before them."""
-  @pl.when(jnp.logical_not(visible))
-  def _():
-    for barrier in barriers:
-      plgpu.barrier_wait(barrier)
+  return total.sum(2) * width ** -0.5
 
 
 def capped(x, cap: float):
   return cap * jnp.tanh(x / cap) if cap else x
 
 
-def add_values(weight_smem, value_smem, part_gmem) -> None:
-  """Adds up a chunk's values, each times its weight.
+def add_values(totals, weight_smem, value_smem) -> list[jax.Array]:
+  """Adds each warp's values, times their weights, to each query's total.
 
   Args:
-    weight_smem: (G, 4, 16); below 0: what stands in that slot must not matter.
-    value_smem: (4, 16, E).
-    part_gmem: written, (chunks / 4, 4, E) of each query, a function of it.
+    totals: (4, E) of each.
+    weight_smem: (G, 4, 4); below 0: that key does not count. What stands in a
+      slot that no query counts does not matter.
+    value_smem: (4, 4, E).
   """
-  group, chunk = weight_smem.shape[0], lax.axis_index("chunk")
-  totals = [None] * group
-  for i in range(0, OWN, 4):
-    four = pl.ds(i, 4)
-    value = mosaic_gpu.load(value_smem.at[:, four], ROWS).astype(jnp.float32)
-    for g in range(group):
-      weight = mosaic_gpu.load(weight_smem.at[g, :, four], ROWS.reduce(2),
-                               optimized=False)
-      weight = spread(weight, value.shape, (0, 1), ROWS)
-      part = jnp.where(weight < 0.0, 0.0, weight * value).sum(1)
-      totals[g] = part if totals[g] is None else totals[g] + part
-  for g, total in enumerate(totals):
-    mosaic_gpu.store(part_gmem(g).at[chunk // 4, chunk % 4], total.sum(0))
+  value = mosaic_gpu.load(value_smem, BY_COLUMN, optimized=False
+                          ).astype(jnp.float32)
+  weights = [mosaic_gpu.load(weight_smem.at[g], BY_COLUMN.reduce(2),
+                             optimized=False) for g in range(len(totals))]
+  greatest = functools.reduce(jnp.maximum, weights)
+  value = jnp.where(spread(greatest < 0.0, value.shape, (0, 1), BY_COLUMN),
+                    0.0, value)
+  return [total + (value * spread(jnp.where(weight < 0.0, 0.0, weight),
+                                  value.shape, (0, 1), BY_COLUMN)).sum(1)
+          for total, weight in zip(totals, weights)]
 
 
-def fours(chunks: int) -> int:
-  """How many fours of chunks `add_parts` wants there to be."""
-  step = min(pl.cdiv(chunks, 4), _FOURS)
-  return step * pl.cdiv(chunks, 4 * step)
+def no_values(group: int, width: int) -> list[jax.Array]:
+  """Totals to begin with."""
+  return [plgpu.layout_cast(jnp.zeros((WARPS, width), jnp.float32),
+                            BY_COLUMN.reduce(1))] * group
 
 
-def chunks_there(first, count: int, start, end) -> jax.Array:
-  """Which of `count` fours of chunks from `first` on are in sight: (count, 4).
-  """
-  four, one = (plgpu.broadcasted_iota(jnp.int32, (count, 4), axis,
-                                      layout=PARTIAL.reduce(2))
-               for axis in (0, 1))
-  chunk = (four + first) * 4 + one
-  return (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > start)
+def block_sync(barrier) -> None:
+  """Waits for the block's warpgroups."""
+  plgpu.barrier_arrive(barrier)
+  plgpu.barrier_wait(barrier)
 
 
-def add_parts(part_gmem, start, end, factor=None) -> jax.Array:
-  """Adds up what `add_values` has left of the chunks in sight, (4, E).
+def _add_up(part_ref, sum_refs, rescale: bool):
+  """Adds rows (n, 128) up, and the numbers that belong to them.
 
   Args:
-    part_gmem: a query's.
-    start: the first visible slot.
-    end: the one after the last.
-    factor: what to multiply each chunk's part with, (step, 4), a function of
-      which fours; None: nothing.
+    part_ref: the rows.
+    sum_refs: divisors (n,), and either counts or, to `rescale`, what has been
+      subtracted from each row's exponents.
+    rescale: whether exponents differ so.
   """
-  step = min(part_gmem.shape[0], _FOURS)
-  span = step * 4 * CHUNK
-
-  def add(i, total):
-    rows = pl.ds(i * step, step)
-    parts = mosaic_gpu.load(part_gmem.at[rows], PARTIAL, optimized=False)
-    there = chunks_there(i * step, step, start, end)
-    # Below 0 where nothing was written.
-    wide = jnp.where(there, factor(rows) if factor else 1.0, -1.0)
-    wide = spread(wide, parts.shape, (0, 1), PARTIAL)
-    return total + jnp.where(wide < 0.0, 0.0, parts * wide).sum(0)
-
-  zero = plgpu.layout_cast(jnp.zeros(part_gmem.shape[1:], jnp.float32),
-                           PARTIAL.reduce(0))
-  return lax.fori_loop(start // span, pl.cdiv(end, span), add, zero)
+  part = mosaic_gpu.load(part_ref, _BY_THREAD, optimized=False)
+  divisor, other = (
+      mosaic_gpu.load(ref, _BY_THREAD.reduce(1), optimized=False)
+      for ref in sum_refs)
+  if not rescale:
+    return part.sum(0), divisor.sum(), other.sum()
+  greatest = jnp.max(other)
+  factor = jnp.exp(other - greatest)
+  part = part * spread(factor, part.shape, (0,), _BY_THREAD)
+  return part.sum(0), (divisor * factor).sum(), greatest
 
 
-def kernel(body: Callable, out_type, grid, **scratch):
-  """A kernel of `grid`, by name of its axes.
+def _share(me, workers: int, group: int, width: int, do: Callable) -> None:
+  """Calls `do` with a query and its first column, for the worker's of all."""
+  blocks = width // _COLUMNS
+  for first in range(0, group * blocks, workers):
+    job = first + me
+    pl.when(job < group * blocks)(functools.partial(
+        do, job // blocks, job % blocks * _COLUMNS))
+
+
+def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
+         ) -> None:
+  """Adds up what all warps of the cluster have, in a fixed order.
+
+  Args:
+    at: the warpgroup's place.
+    m: has what `join_memory` makes as attributes.
+    totals: of each query, (4, E).
+    sums: of each query two of (4,), as `_add_up` has them.
+    finish: called with a query, its first column, the total of 128, and the
+      two sums; by one warpgroup for each.
+    rescale: as `_add_up` has it.
+  """
+  width, own = totals[0].shape[1], pl.ds(at.part * WARPS, WARPS)
+  for g, pair in enumerate(sums):
+    for i, x in enumerate(pair):
+      mosaic_gpu.store(m.sum_smem.at[i, g, own], x)
+
+  def block_part(of, g, first):
+    columns = pl.ds(first, _COLUMNS)
+    total, *both = _add_up(m.part_smem.at[:, g, columns],
+                           [m.sum_smem.at[i, of + g] for i in (0, 1)], rescale)
+    mosaic_gpu.store(m.part_gmem.at[at.head, of + g, at.block, columns], total)
+
+    @pl.when(first == 0)
+    def _():
+      for i, x in enumerate(both):
+        m.sum_gmem[at.head, i, of + g, at.block] = x
+
+  for of in range(0, len(totals), _TOGETHER):
+    if of:
+      block_sync(m.block_barrier)
+    some = totals[of:of + _TOGETHER]
+    for i, total in enumerate(some):
+      mosaic_gpu.store(m.part_smem.at[own, i], total)
+    block_sync(m.block_barrier)
+    _share(at.part, PARTS, len(some), width, functools.partial(block_part, of))
+  mosaic_gpu.cluster_sync(m.cluster_barrier)
+
+  def result(g, first):
+    total, *both = _add_up(
+        m.part_gmem.at[at.head, g, :, pl.ds(first, _COLUMNS)],
+        [m.sum_gmem.at[at.head, i, g] for i in (0, 1)], rescale)
+    finish(g, first, total, *both)
+
+  _share(at.block * PARTS + at.part, PARTS * at.cluster, len(totals), width,
+         result)
+
+
+def join_memory(heads: int, group: int, width: int, cluster: int):
+  """What `join` uses: `part_gmem` and `sum_gmem`, and shared memory."""
+  shapes = (heads, group, cluster, width), (heads, 2, group, cluster)
+  rows = PARTS * WARPS
+  scratch = dict(
+      part_smem=plgpu.SMEM((rows, min(group, _TOGETHER), width), jnp.float32),
+      sum_smem=plgpu.SMEM((2, group, rows), jnp.float32),
+      block_barrier=plgpu.Barrier(num_arrivals=PARTS),
+      cluster_barrier=plgpu.ClusterBarrier(collective_axes=("block",),
+                                           num_arrivals=PARTS))
+  return [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes], scratch
+
+
+def kernel(body: Callable, out_type, heads: int, cluster: int, **scratch):
+  """A kernel on a cluster for each head.
 
   Not `plgpu.kernel`, which takes no array to write in place.
   """
   def scoped(*refs):
-    pl.run_scoped(functools.partial(body, *refs), **scratch)
+    pl.run_scoped(functools.partial(body, *refs), collective_axes="part",
+                  **scratch)
 
   scoped.__name__ = getattr(body, "func", body).__name__
   return pl.kernel(
       scoped, out_type=out_type,
-      mesh=plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid)),
+      mesh=plgpu.Mesh(grid=(heads,), grid_names=("head",), cluster=(cluster,),
+                      cluster_names=("block",), num_threads=PARTS,
+                      thread_name="part"),
       compiler_params=mosaic_gpu.PARAMS)
 
 
 def own_keys(x_BxKxSxE: jax.Array) -> jax.Array:
-  """(heads, S / 16, 16, E)."""
+  """(heads, S / 16, 4, 4, E)."""
   b, k, s, e = x_BxKxSxE.shape
-  return x_BxKxSxE.reshape(b * k, s // OWN, OWN, e)
+  return x_BxKxSxE.reshape(b * k, s // OWN, WARPS, KEYS, e)
 
 
 def make_bounds(lengths_B: jax.Array, window: jax.Array | int, slots: int
-            ) -> jax.Array:
+                ) -> jax.Array:
   """Of each row the first visible slot, the one after the last, the newest."""
   ends = [jnp.maximum(lengths_B - window, 0), jnp.minimum(lengths_B, slots),
           lengths_B - 1]

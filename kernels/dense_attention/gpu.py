@@ -1,10 +1,10 @@
 """The operation in Pallas Mosaic GPU, for NVIDIA Hopper.
 
-Two kernels. In the first each thread block weighs a chunk of one key/value
-head's keys by their own maximum and adds their values up; the second joins the
-chunks. XLA takes eight kernels.
+One kernel: each warp weighs its keys by their own maximum and adds their values
+up, then blocks and clusters join what warps have. XLA takes eight kernels.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,132 +12,200 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
-    CHUNK, COLUMNS, OWN, PARTIAL, WARPS, Queries, add_parts,
-    add_values, capped, chunks_there, fours, in_sight, kernel, make_bounds,
-    own_keys, products, seen_keys, store_halves, wait_unseen)
+    BY_COLUMN, BY_KEY, KEYS, OWN, PARTS, SPAN, WARPS, Place, add_values,
+    block_sync, capped, cluster_size, join, join_memory, kernel, make_bounds,
+    no_values, own_keys, products, spread, store_row, turn_rows)
 
-# In caches of so many slots keys are copied before it is known which are
-# visible: the wait for that takes longer.
-_EAGER_UP_TO = 1024
-# What a chunk leaves beside its part of the values.
-_BEST, _WEIGHT = range(2)
+# Copies of a warpgroup that are on their way.
+_STAGES = 2
+# Below any logit: no two such differ by NaN, as two of -inf do.
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def unsupported(query_BxKxGxE: jax.Array, key_BxKxSxE: jax.Array) -> str | None:
   """As `api.unsupported`."""
   width, group = query_BxKxGxE.shape[-1], query_BxKxGxE.shape[2]
-  if width not in (128, COLUMNS):
+  if width not in (128, 256):
     return f"E of {width} is not 128 or 256"
   return token_attention.unsupported((query_BxKxGxE, key_BxKxSxE), group)
 
 
-def _mix_chunk(heads, group, softcap, eager, bounds_gmem, rows_gmem,
-               rotary_gmem, key_gmem, value_gmem, part_gmem, sum_gmem, *,
-               key_smem, value_smem, weight_smem, key_barrier,
-               value_barrier) -> None:
-  """A chunk's part of the group's results.
+@dataclasses.dataclass(frozen=True)
+class _Memory:
+  """The kernel's arrays, in global and shared memory.
 
-  Args:
-    heads: key/value heads.
-    group: queries of each.
-    softcap: of the logits.
-    eager: whether to copy keys before it is known whether they are visible.
+  Attributes:
     bounds_gmem: as `make_bounds` makes them.
-    rows_gmem: as `Queries` has it.
+    rows_gmem: as `turn_rows` has it.
     rotary_gmem: likewise.
-    key_gmem: (heads, S / 16, 16, E).
+    key_gmem: (heads, S / 16, 4, 4, E).
     value_gmem: likewise.
-    part_gmem: written, (heads, G, chunks / 4, 4, E) in float32: not divided.
-    sum_gmem: written, (2, heads, G, chunks / 4, 4): the greatest logit, and
-      the divisor.
-    key_smem: the chunk's keys.
-    value_smem: its values.
-    weight_smem: its weights; below 0 where a key is not visible.
+    part_gmem: as `join_memory` has it, like all whose names are there.
+    sum_gmem: likewise.
+    y_gmem: written, (heads, G, E).
+    rows_smem: as `turn_rows` has it.
+    key_smem: each warpgroup's keys, of some rounds.
+    value_smem: their values.
+    weight_smem: their weights, of two rounds; below 0 where none is visible.
+    scale_smem: what each warp's total so far is to be multiplied with.
     key_barrier: when the keys are there.
     value_barrier: when the values are.
   """
-  queries = Queries(rows_gmem, rotary_gmem, heads, group)
-  head, chunk = lax.axis_index("head"), lax.axis_index("chunk")
-  own, width = pl.ds(chunk * WARPS, WARPS), key_gmem.shape[-1]
-  barriers = key_barrier, value_barrier
 
-  def copy():
-    for gmem, smem, barrier in zip((key_gmem, value_gmem),
-                                   (key_smem, value_smem), barriers):
-      plgpu.copy_gmem_to_smem(gmem.at[head, own], smem, barrier)
+  bounds_gmem: jax.Array
+  rows_gmem: jax.Array
+  rotary_gmem: jax.Array
+  key_gmem: jax.Array
+  value_gmem: jax.Array
+  part_gmem: jax.Array
+  sum_gmem: jax.Array
+  y_gmem: jax.Array
+  rows_smem: jax.Array
+  key_smem: jax.Array
+  value_smem: jax.Array
+  weight_smem: jax.Array
+  scale_smem: jax.Array
+  key_barrier: jax.Array
+  value_barrier: jax.Array
+  part_smem: jax.Array
+  sum_smem: jax.Array
+  block_barrier: jax.Array
+  cluster_barrier: jax.Array
 
-  def load():
-    # The newest in every block: one that had it to load later would be last.
-    return ([queries.query(g, 0, width) for g in range(group)],
-            queries.newest([width]))
 
-  if eager:
-    copy()
-    loaded = load()
-  start, end, visible = in_sight(bounds_gmem, queries.row, chunk)
-  newest = bounds_gmem[queries.row, 2]
+def _scratch(group: int, width: int) -> dict:
+  """Shared memory, by `_Memory`'s names."""
+  rows = plgpu.SMEM((PARTS, _STAGES, WARPS, KEYS, width), jnp.bfloat16)
+  barrier = plgpu.Barrier(num_barriers=PARTS * _STAGES)
+  return dict(
+      rows_smem=plgpu.SMEM((group + 2, width), jnp.bfloat16),
+      key_smem=rows, value_smem=rows,
+      weight_smem=plgpu.SMEM((2, PARTS, group, WARPS, KEYS), jnp.float32),
+      scale_smem=plgpu.SMEM((2, PARTS, group, WARPS), jnp.float32),
+      key_barrier=barrier, value_barrier=barrier)
 
-  def write_newest(key, value):
-    warp, slot = newest // OWN, newest % OWN
-    plgpu.barrier_wait(value_barrier)
-    for gmem, smem, x in ((key_gmem, key_smem, key),
-                          (value_gmem, value_smem, value)):
-      store_halves(gmem.at[head, warp, slot], x)
-      store_halves(smem.at[warp % WARPS, slot], x)
+
+class _Warpgroup:
+  """What a warpgroup does with its keys, round by round."""
+
+  def __init__(self, at: Place, m: _Memory, group: int, softcap: float):
+    self.at, self.m, self.group, self.softcap = at, m, group, softcap
+    self.keys = m.key_gmem, m.key_smem, m.key_barrier
+    self.values = m.value_gmem, m.value_smem, m.value_barrier
+
+  def copy(self, i) -> None:
+    """Starts the copies of round `i`."""
+    at, stage = self.at, i % _STAGES
+    for gmem, smem, barrier in self.keys, self.values:
+      plgpu.copy_gmem_to_smem(
+          gmem.at[at.head, at.sixteen(i)], smem.at[at.part, stage],
+          barrier.at[at.part * _STAGES + stage])
+
+  def wait(self, i, newest, row: int, gmem, smem, barrier) -> None:
+    """Waits for a copy, and writes the newest row if it is one of these."""
+    at, stage = self.at, i % _STAGES
+    plgpu.barrier_wait(barrier.at[at.part * _STAGES + stage])
+
+    @pl.when(newest // OWN == at.sixteen(i))
+    def _():
+      slot = newest // KEYS % WARPS, newest % KEYS
+      store_row(self.m.rows_smem.at[row], smem.at[at.part, stage, *slot],
+                gmem.at[at.head, newest // OWN, *slot])
+      plgpu.commit_smem()
+
+  def start(self):
+    """Sums of no keys: maxima, divisors and totals."""
+    def each(x):
+      return [plgpu.layout_cast(jnp.full((WARPS,), x, jnp.float32),
+                                BY_KEY.reduce((1, 2)))] * self.group
+
+    return (each(_LOWEST), each(0.0),
+            no_values(self.group, self.m.y_gmem.shape[-1]))
+
+  def weigh(self, i, seen, best, divisor, g: int):
+    """Leaves a query's weights; returns its maxima and divisors."""
+    at, m = self.at, self.m
+    logit = capped(products(m.key_smem.at[at.part, i % _STAGES],
+                            m.rows_smem.at[g]), self.softcap)
+    greatest = jnp.maximum(
+        best, jnp.max(jnp.where(seen, logit, _LOWEST), axis=1))
+    weight = jnp.exp(logit - spread(greatest, logit.shape, (0,),
+                                    BY_KEY.reduce(2)))
+    scale = jnp.exp(best - greatest)
+    mosaic_gpu.store(m.weight_smem.at[i % 2, at.part, g],
+                     jnp.where(seen, weight, -1.0))
+    mosaic_gpu.store(m.scale_smem.at[i % 2, at.part, g], scale)
+    return greatest, divisor * scale + jnp.where(seen, weight, 0.0).sum(1)
+
+  def scaled(self, i, total, g: int):
+    scale = mosaic_gpu.load(self.m.scale_smem.at[i % 2, self.at.part, g],
+                            BY_COLUMN.reduce((1, 2)), optimized=False)
+    return total * spread(scale, total.shape, (0,), BY_COLUMN.reduce(1))
+
+  def add(self, i, sums, first, last, start, end, newest):
+    """Adds the keys of round `i` to the sums."""
+    at, m, queries = self.at, self.m, range(self.group)
+    self.wait(i, newest, self.group, *self.keys)
+    seen = at.seen(i, start, end)
+    bests, divisors = zip(*(self.weigh(i, seen, sums[0][g], sums[1][g], g)
+                            for g in queries))
     plgpu.commit_smem()
-
-  @pl.when(visible)
-  def _():
-    if not eager:
-      copy()
-    query, token = loaded if eager else load()
-    plgpu.barrier_wait(key_barrier)
-    pl.when(newest // CHUNK == chunk)(lambda: write_newest(*token))
-    seen = seen_keys(start, end)
-    for g in range(group):
-      logit = capped(products(key_smem, query[g]), softcap)
-      best = jnp.max(jnp.max(jnp.where(seen, logit, -jnp.inf), axis=1))
-      weight = jnp.where(seen, jnp.exp(logit - best), 0.0)
-      weight_smem[g] = jnp.where(seen, weight, -1.0)
-      sum_gmem[_BEST, head, g, chunk // 4, chunk % 4] = best
-      sum_gmem[_WEIGHT, head, g, chunk // 4, chunk % 4] = weight.sum(1).sum()
-    plgpu.commit_smem()
-    pl.when(newest // CHUNK != chunk)(
-        lambda: plgpu.barrier_wait(value_barrier))
-    add_values(weight_smem, value_smem, lambda g: part_gmem.at[head, g])
-
-  if eager:
-    wait_unseen(visible, barriers)
+    # By now no warp reads what the round before has read.
+    pl.when((i > first) & (i + _STAGES - 1 < last))(
+        lambda: self.copy(i + _STAGES - 1))
+    self.wait(i, newest, self.group + 1, *self.values)
+    totals = add_values([self.scaled(i, sums[2][g], g) for g in queries],
+                        m.weight_smem.at[i % 2, at.part],
+                        m.value_smem.at[at.part, i % _STAGES])
+    return list(bests), list(divisors), totals
 
 
-def _join_chunks(heads, bounds_gmem, part_gmem, sum_gmem, y_gmem) -> None:
-  """A query's result, from all chunks in sight.
+def _attend(heads, cluster, group, softcap, *refs, **scratch) -> None:
+  """A head's results.
 
-  Args: as `_mix_chunk` has them, and
-    y_gmem: written, (heads, G, E).
+  Args:
+    heads: key/value heads of a row.
+    cluster: blocks of each.
+    group: queries of each.
+    softcap: of the logits.
+    *refs: as `_Memory` has them.
+    **scratch: likewise.
   """
-  head, g = lax.axis_index("head"), lax.axis_index("query")
-  start, end, _ = in_sight(bounds_gmem, head // heads, 0)
-  there = chunks_there(0, part_gmem.shape[2], start, end)
-  best, weight = (
-      mosaic_gpu.load(sum_gmem.at[i, head, g], PARTIAL.reduce(2),
-                      optimized=False) for i in (_BEST, _WEIGHT))
-  best = jnp.where(there, best, -jnp.inf)
-  greatest = jnp.max(jnp.max(best, axis=0))
-  divisor = jnp.where(there, jnp.exp(best - greatest) * weight, 0.0).sum(0)
+  at, m = Place(heads, cluster), _Memory(*refs, **scratch)
+  mine = _Warpgroup(at, m, group, softcap)
+  slots = m.key_gmem.shape[1] * OWN
+  # Where all fit, keys are copied before it is known which are visible: the
+  # wait for that takes longer.
+  eager = slots <= _STAGES * cluster * SPAN
 
-  def factor(rows):
-    best = mosaic_gpu.load(sum_gmem.at[_BEST, head, g, rows],
-                           PARTIAL.reduce(2), optimized=False)
-    return jnp.exp(best - greatest)
+  def copy(first, last):
+    for i in range(_STAGES):
+      pl.when(first + i < last)(lambda i=i: mine.copy(first + i))
 
-  total = add_parts(part_gmem.at[head, g], start, end, factor)
-  mosaic_gpu.store(y_gmem.at[head, g],
-                   (total.sum(0) / divisor.sum()).astype(y_gmem.dtype))
+  if eager:
+    first, last = at.spans(0, slots)
+    copy(first, last)
+  start, end, newest = (m.bounds_gmem[at.row, i] for i in range(3))
+  if not eager:
+    first, last = at.spans(start, end)
+    copy(first, last)
+  turn_rows(at, group, [m.y_gmem.shape[-1]], m.rows_gmem, m.rotary_gmem,
+            m.rows_smem)
+  block_sync(m.block_barrier)
+  bests, divisors, totals = lax.fori_loop(
+      first, last, lambda i, sums: mine.add(i, sums, first, last, start, end,
+                                            newest), mine.start())
+
+  def finish(g, first, total, divisor, _):
+    mosaic_gpu.store(m.y_gmem.at[at.head, g, pl.ds(first, total.shape[0])],
+                     (total / divisor).astype(m.y_gmem.dtype))
+
+  join(at, m, totals, list(zip(divisors, bests)), finish, rescale=True)
 
 
 def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
@@ -147,22 +215,13 @@ def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
                      ) -> tuple[jax.Array, list[jax.Array]]:
   """As `api.write_and_attend`."""
   b, k, s, width = key_BxKxSxE.shape
-  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  heads, count = (b * k, group), fours(s // CHUNK)
-  rows = plgpu.SMEM((WARPS, OWN, width), jnp.bfloat16)
-  bounds_Bx3 = make_bounds(lengths_B, window, s)
+  cluster = cluster_size(b * k, s)
+  sums, scratch = join_memory(b * k, group, width, cluster)
   caches = [jax.new_ref(own_keys(x)) for x in (key_BxKxSxE, value_BxKxSxE)]
-  parts, sums = kernel(
-      functools.partial(_mix_chunk, k, group, logit_softcap,
-                        s <= _EAGER_UP_TO),
-      (f32((*heads, count, 4, width)), f32((2, *heads, count, 4))),
-      dict(head=b * k, chunk=s // CHUNK), key_smem=rows, value_smem=rows,
-      weight_smem=plgpu.SMEM((group, WARPS, OWN), jnp.float32),
-      key_barrier=plgpu.Barrier(), value_barrier=plgpu.Barrier())(
-          bounds_Bx3, rows_BxRxE, rotary_Bx2xT, *caches)
-  y, = kernel(
-      functools.partial(_join_chunks, k),
-      (jax.ShapeDtypeStruct((*heads, width), rows_BxRxE.dtype),),
-      dict(head=b * k, query=group))(bounds_Bx3, parts, sums)
+  *_, y = kernel(
+      functools.partial(_attend, k, cluster, group, logit_softcap),
+      (*sums, jax.ShapeDtypeStruct((b * k, group, width), rows_BxRxE.dtype)),
+      b * k, cluster, **_scratch(group, width), **scratch)(
+          make_bounds(lengths_B, window, s), rows_BxRxE, rotary_Bx2xT, *caches)
   return (y.reshape(b, k, group, width),
           [jax.freeze(x).reshape(key_BxKxSxE.shape) for x in caches])

@@ -10,7 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from sparse_lm.config import AttentionConfig
 from sparse_lm.kernels.sparse_attention import (choose, sparse_attention,
@@ -45,35 +44,6 @@ def run(arrays, window=EVERYTHING, top_k=6, logit_softcap=0.0,
                           implementation=implementation)
 
 
-def kept_keys(scores, top_k):
-  n = len(scores)
-  if n <= top_k:
-    return np.ones(n, bool)
-  theta = scores.mean() + scores.std() * scipy.stats.norm.ppf(1 - top_k / n)
-  return scores >= min(theta, scores.max())
-
-
-def formula(arrays, window=EVERYTHING, top_k=6, logit_softcap=0.0):
-  """In float64, by loops; whether each key is kept, (B, K, G, S), as well."""
-  query, key1, key2, value = (np.asarray(a, np.float64) for a in arrays[:4])
-  split, rest = key1.shape[-1], key2.shape[-1]
-  y = np.zeros(query.shape)
-  kept = np.zeros((*query.shape[:3], key1.shape[2]), bool)
-  for b, k, g in np.ndindex(query.shape[:3]):
-    length = int(arrays[4][b])
-    seen = slice(max(0, length - window), length)
-    scores = key1[b, k, seen] @ query[b, k, g, :split] / np.sqrt(split)
-    keep = kept_keys(scores, top_k)
-    kept[b, k, g, seen] = keep
-    if logit_softcap:
-      scores = logit_softcap * np.tanh(scores / logit_softcap)
-    weights = np.where(keep, np.exp(scores), 0)
-    second = key2[b, k, seen] @ query[b, k, g, split:] / np.sqrt(rest)
-    weights *= np.log1p(np.exp(second)) / weights.sum()
-    y[b, k, g] = weights @ value[b, k, seen]
-  return y, kept
-
-
 @hypothesis.given(
     shape=st.sampled_from([(1, 1, 1, 1), (40, 2, 2, 3), (300, 1, 4, 2)]),
     # From one key to more than there are: both ways of "xla" are taken.
@@ -82,7 +52,7 @@ def formula(arrays, window=EVERYTHING, top_k=6, logit_softcap=0.0):
     logit_softcap=st.sampled_from([0.0, 2.0]),
     implementation=st.sampled_from(ON_CPU), seed=st.integers(0, 99))
 @hypothesis.settings(deadline=None, max_examples=20)
-def test_against_the_formula(shape, top_k, data, window, logit_softcap,
+def test_against_the_formula(formula, shape, top_k, data, window, logit_softcap,
                              implementation, seed):
   slots, kv_heads, group, batch = shape
   lengths = data.draw(st.lists(st.integers(1, slots), min_size=batch,
@@ -112,7 +82,7 @@ def test_it_is_the_models_attention(implementation):
 
 @pytest.mark.parametrize("implementation", ON_CPU)
 @pytest.mark.parametrize("top_k", [2, 30])
-def test_only_kept_keys_matter(implementation, top_k):
+def test_only_kept_keys_matter(formula, implementation, top_k):
   """NaN in any other slot does not show: beyond the row's end, before the
   window, and what no query of the group keeps."""
   arrays = make(lengths=(300, 7, 190), slots=300)
@@ -140,7 +110,7 @@ def test_nan_in_nan_out(implementation, where):
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
-def test_ties_at_the_threshold_are_all_kept(implementation):
+def test_ties_at_the_threshold_are_all_kept(formula, implementation):
   """Equal scores have no spread: all are the best."""
   arrays = make(lengths=(40,))
   arrays[1] = jnp.broadcast_to(arrays[1][:, :, :1], arrays[1].shape)
@@ -150,7 +120,7 @@ def test_ties_at_the_threshold_are_all_kept(implementation):
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
-def test_bfloat16_is_summed_in_float32(implementation):
+def test_bfloat16_is_summed_in_float32(formula, implementation):
   arrays = make(dtype=jnp.bfloat16)
   y, _ = run(arrays, implementation=implementation)
   assert y.dtype == jnp.bfloat16
@@ -172,7 +142,7 @@ def interpreted(arrays, **options):
     ((512, 1, 300), EVERYTHING, 1, jnp.float32),
     ((512, 130, 300), 200, 24, jnp.float32),
     ((512,), EVERYTHING, 1000, jnp.bfloat16)])
-def test_the_tpu_kernel(capfd, lengths, window, top_k, dtype):
+def test_the_tpu_kernel(formula, capfd, lengths, window, top_k, dtype):
   arrays = make(lengths, 512, 2, 2, predictor=128, rest=128, dtype=dtype)
   expected, kept = formula(arrays, window, top_k)
   # Blocks of 128 without a kept key are not read, and of the others whatever

@@ -1,0 +1,125 @@
+"""Statistics of a query's scores in a Hopper kernel: what it must reach.
+
+Scores lie in shared memory, (G, 4, rows, 4): each warpgroup's 4 rows of 4 of
+the block's first span, then of its next. They are read 8 rows at a time, a
+number a lane.
+"""
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.token_attention import (
+    BY_LANE, KEYS, OWN, PARTS, WARPS, Place)
+
+ROWS = 8
+# What each block leaves of its keys' scores.
+_MEAN, _SQUARE, _BEST, _COUNT = range(4)
+
+
+def state_shape(heads: int, group: int) -> tuple[int, ...]:
+  """Of what blocks leave, each its own number of 32: read whole, by warps."""
+  return heads, group, 4, ROWS, KEYS
+
+
+def total(x: jax.Array) -> jax.Array:
+  """Of (8, 4), a scalar."""
+  return x.sum(1).sum(0)
+
+
+def greatest(x: jax.Array) -> jax.Array:
+  return jnp.max(jnp.max(x, axis=1), axis=0)
+
+
+def lanes(shape) -> list[jax.Array]:
+  """The index along each axis of (..., 8, 4)."""
+  return [plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=BY_LANE)
+          for axis in range(len(shape))]
+
+
+def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
+  """Which keys of the `i`-th 8 rows of a warpgroup are visible."""
+  row = i * ROWS + row
+  sixteen = (row // WARPS * at.cluster + at.block) * PARTS + part
+  slot = sixteen * OWN + row % WARPS * KEYS + key
+  return (slot >= start) & (slot < end)
+
+
+def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
+                     ) -> None:
+  """Writes the statistics of the block's scores, a query a warpgroup.
+
+  Args:
+    at: the warpgroup's place.
+    score_smem: all scores of the block.
+    state_gmem: written, of `state_shape`.
+    first: which 8 rows of each warpgroup are the first with visible keys.
+    last: the ones after the last.
+    start: the row's first visible slot.
+    end: the one after the last.
+  """
+  shape = PARTS, ROWS, KEYS
+
+  def load(g, i):
+    score = mosaic_gpu.load(score_smem.at[g, :, pl.ds(i * ROWS, ROWS)],
+                            BY_LANE, optimized=False)
+    return score, seen_rows(at, i, *lanes(shape), start, end)
+
+  def query(g):
+    def add(i, sums):
+      (score, seen), (count, one, best) = load(g, i), sums
+      return (count + jnp.where(seen, 1.0, 0.0).sum(0),
+              one + jnp.where(seen, score, 0.0).sum(0),
+              jnp.maximum(best, jnp.max(jnp.where(seen, score, -jnp.inf),
+                                        axis=0)))
+
+    def full(x):
+      return plgpu.layout_cast(jnp.full(shape[1:], x, jnp.float32), BY_LANE)
+
+    sums = lax.fori_loop(first, last, add, (full(0.), full(0.), full(-jnp.inf)))
+    count, best = total(sums[0]), greatest(sums[2])
+    mean = total(sums[1]) / jnp.maximum(count, 1.0)
+
+    def add_squares(i, square):
+      score, seen = load(g, i)
+      apart = score - mean
+      return square + jnp.where(seen, apart * apart, 0.0).sum(0)
+
+    square = total(lax.fori_loop(first, last, add_squares, full(0.0)))
+    for i, x in ((_MEAN, mean), (_SQUARE, square), (_BEST, best),
+                 (_COUNT, count)):
+      state_gmem[at.head, g, i, at.block // KEYS, at.block % KEYS] = x
+
+  for g in range(score_smem.shape[0]):
+    pl.when(at.part == g % PARTS)(lambda g=g: query(g))
+
+
+def threshold(at: Place, state_gmem, g: int, quantile, start, end):
+  """A query's least kept score and its best one, scalars.
+
+  Args: as `leave_statistics` has them, and
+    g: which query.
+    quantile: of the scores that are not kept; -inf: all are.
+  """
+  mean, square, best, count = (
+      mosaic_gpu.load(state_gmem.at[at.head, g, i], BY_LANE, optimized=False)
+      for i in (_MEAN, _SQUARE, _BEST, _COUNT))
+  row, one = lanes((ROWS, KEYS))
+  # The other numbers were never written.
+  there = (row * KEYS + one < at.cluster) & (count > 0.0)
+  number = (end - start).astype(jnp.float32)
+  mean_of_all = total(jnp.where(there, count * mean, 0.0)) / number
+  # Chan et al., 1979: squared deviations of parts, put together.
+  apart = mean - mean_of_all
+  square = total(jnp.where(there, square + count * apart * apart, 0.0))
+  best = greatest(jnp.where(there, best, -jnp.inf))
+  variance = square / number
+  # sqrt(variance): there is rsqrt alone.
+  std = variance * lax.rsqrt(jnp.maximum(variance, 1e-37))
+  # Not of -inf: 0 * -inf is NaN.
+  theta = mean_of_all + std * jnp.maximum(quantile, -1e30)
+  theta = jnp.where(quantile > -jnp.inf, theta, -jnp.inf)
+  return jnp.minimum(theta, best), best
