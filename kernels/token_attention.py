@@ -2,9 +2,8 @@
 
 One kernel for all, on clusters of thread blocks: another kernel takes longer
 to start than a cluster takes to exchange sums. A cluster has a key/value head.
-Its blocks take that head's spans of 64 keys in turn, a block's warpgroups 16
-keys of each span, a warp 4 of those. No warp waits for another before its own
-keys are done.
+Round by round each of its warpgroups takes 16 of that head's keys, a warp 4 of
+those. No warp waits for another before its own keys are done.
 
 A block turns its head's queries, and the newest key, to their position; the
 warpgroup whose keys the newest is one of writes it and its value to the cache,
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 
-# Warpgroups of a block, warps of each, and a warp's keys of a span.
+# Warpgroups of a block, warps of each, and a warp's keys of a round.
 PARTS, WARPS, KEYS = 4, 4, 4
 OWN = WARPS * KEYS
 SPAN = PARTS * OWN
@@ -81,8 +80,10 @@ def cluster_size(heads: int, slots: int) -> int:
     heads: of all rows.
     slots: of each.
   """
-  most = min(CLUSTER, max(_BLOCKS // heads, 1), slots // SPAN)
-  return 1 << (most.bit_length() - 1)
+  there = max(_BLOCKS // heads, 1)
+  needed = slots // SPAN
+  return min(CLUSTER, 1 << (there.bit_length() - 1),
+             1 << (needed - 1).bit_length())
 
 
 class Place:
@@ -104,20 +105,35 @@ class Place:
     self.block, self.part = lax.axis_index("block"), lax.axis_index("part")
 
   def sixteen(self, i) -> jax.Array:
-    """Which 16 slots are its own in the block's span `i`."""
-    return (i * self.cluster + self.block) * PARTS + self.part
+    """Which 16 slots are its own in round `i`.
 
-  def spans(self, start, end):
-    """The block's first span that has such a slot, and the one after the last.
+    A cluster's blocks come in turn, so that the last round is spread over them.
     """
-    def before(spans):
-      return jnp.maximum(spans - self.block + self.cluster - 1, 0
-                         ) // self.cluster
+    return (i * PARTS + self.part) * self.cluster + self.block
 
-    return before(start // SPAN), before((end + SPAN - 1) // SPAN)
+  def rounds(self, start, end, part=None):
+    """The first round that has such a slot, and the one after the last.
+
+    Args:
+      start: the first slot.
+      end: the one after the last.
+      part: of a warpgroup; None: of this one.
+    """
+    mine = (self.part if part is None else part) * self.cluster + self.block
+    everyone = PARTS * self.cluster
+
+    def before(sixteens):
+      return jnp.maximum(sixteens - mine + everyone - 1, 0) // everyone
+
+    return before(start // OWN), before((end + OWN - 1) // OWN)
+
+  def rounds_of_block(self, start, end):
+    """Likewise, of any of the block's warpgroups."""
+    return (self.rounds(start, end, PARTS - 1)[0],
+            self.rounds(start, end, 0)[1])
 
   def seen(self, i, start, end) -> jax.Array:
-    """Which of its keys in span `i` are visible, (4, 4)."""
+    """Which of its keys in round `i` are visible, (4, 4)."""
     warp, key = (
         plgpu.broadcasted_iota(jnp.int32, (WARPS, KEYS), axis,
                                layout=BY_KEY.reduce(2)) for axis in (0, 1))

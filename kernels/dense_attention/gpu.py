@@ -188,11 +188,11 @@ def _attend(heads, cluster, group, softcap, *refs, **scratch) -> None:
       pl.when(first + i < last)(lambda i=i: mine.copy(first + i))
 
   if eager:
-    first, last = at.spans(0, slots)
+    first, last = at.rounds(0, slots)
     copy(first, last)
   start, end, newest = (m.bounds_gmem[at.row, i] for i in range(3))
   if not eager:
-    first, last = at.spans(start, end)
+    first, last = at.rounds(start, end)
     copy(first, last)
   turn_rows(at, group, [m.y_gmem.shape[-1]], m.rows_gmem, m.rotary_gmem,
             m.rows_smem)

@@ -28,9 +28,9 @@ from sparse_lm.kernels.token_attention import (
 
 # Rounds of first parts that are on their way, where not all fit.
 _STAGES = 4
-# Spans of a block up to which all is copied, before it is known which keys are
+# Rounds up to which all is copied, before it is known which keys are
 # visible and kept: the wait for that takes longer.
-_EAGER_SPANS = 2
+_EAGER_ROUNDS = 2
 # Shared memory that scores and lists may fill: the rest is for copies.
 _SCORES = 50 * 1024
 
@@ -51,8 +51,8 @@ def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
   return reason
 
 
-def _spans(slots: int, cluster: int) -> int:
-  """How many spans of keys a block has, at most; an even number."""
+def _rounds(slots: int, cluster: int) -> int:
+  """How many rounds there are at most, in whole twos."""
   return 2 * pl.cdiv(slots, 2 * SPAN * cluster)
 
 
@@ -60,7 +60,7 @@ def _cluster_size(heads: int, slots: int, group: int) -> int | None:
   """How many blocks share a head; None where no number has the memory."""
   size = token_attention.cluster_size(heads, slots)
   while size <= token_attention.CLUSTER:
-    if _spans(slots, size) * SPAN * (group + 1) * 4 <= _SCORES:
+    if _rounds(slots, size) * SPAN * (group + 1) * 4 <= _SCORES:
       return size
     size *= 2
   return None
@@ -68,7 +68,7 @@ def _cluster_size(heads: int, slots: int, group: int) -> int | None:
 
 def _scratch(group: int, slots: int, cluster: int) -> dict:
   """Shared memory, by `Memory`'s names."""
-  spans = _spans(slots, cluster)
+  rounds = _rounds(slots, cluster)
 
   def rows(stages, width):
     return plgpu.SMEM((PARTS, stages, WARPS, KEYS, width), jnp.bfloat16)
@@ -76,18 +76,18 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
   def barrier(stages, arrivals):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=PARTS * stages)
 
-  score = plgpu.SMEM((group, PARTS, spans * WARPS, KEYS), jnp.float32)
+  score = plgpu.SMEM((group, PARTS, rounds * WARPS, KEYS), jnp.float32)
   two = plgpu.SMEM((2, PARTS, group, WARPS, KEYS), jnp.float32)
   shared = dict(rows_smem=plgpu.SMEM((group + 2, WIDTH), jnp.bfloat16),
                 score_smem=score, weight_smem=two)
-  if spans <= _EAGER_SPANS:
+  if rounds <= _EAGER_ROUNDS:
     return shared | dict(
-        key1_smem=rows(spans, PART), key2_smem=rows(spans, PART),
-        value_smem=rows(spans, WIDTH), second_smem=score,
-        key1_barrier=barrier(spans, 1), rest_barrier=barrier(spans, 2))
+        key1_smem=rows(rounds, PART), key2_smem=rows(rounds, PART),
+        value_smem=rows(rounds, WIDTH), second_smem=score,
+        key1_barrier=barrier(rounds, 1), rest_barrier=barrier(rounds, 2))
   return shared | dict(
       key1_smem=rows(_STAGES, PART), value_smem=rows(BATCHES, WIDTH),
-      list_smem=plgpu.SMEM((PARTS, spans * OWN), jnp.int32), picked_smem=two,
+      list_smem=plgpu.SMEM((PARTS, rounds * OWN), jnp.int32), picked_smem=two,
       key1_barrier=barrier(_STAGES, 1),
       rest_barrier=barrier(BATCHES, 2 * OWN))
 
@@ -108,10 +108,10 @@ def _attend(heads, cluster, group, write, softcap, *refs, **scratch) -> None:
   at, m = Place(heads, cluster), Memory(*refs, **scratch)
   mine = Warpgroup(at, m, write, softcap)
   if mine.eager:
-    mine.start_copies(*at.spans(0, m.key1_gmem.shape[1] * OWN))
+    mine.start_copies(*at.rounds(0, m.key1_gmem.shape[1] * OWN))
   mine.see()
   if not mine.eager:
-    mine.start_copies(*at.spans(mine.start, mine.end))
+    mine.start_copies(*at.rounds(mine.start, mine.end))
   turn_rows(at, group, [PART, WIDTH - PART], m.rows_gmem,
             m.rotary_gmem if write else None, m.rows_smem)
   block_sync(m.block_barrier)

@@ -181,8 +181,10 @@ class Warpgroup:
   def find_thresholds(self) -> None:
     """Leaves statistics for the cluster, and reads what it has."""
     at, m = self.at, self.m
-    rows = ((0, m.score_smem.shape[2] // ROWS) if self.eager
-            else (self.first // 2, (self.last + 1) // 2))
+    rows = 0, m.score_smem.shape[2] // ROWS
+    if not self.eager:
+      first, last = at.rounds_of_block(self.start, self.end)
+      rows = first // 2, (last + 1) // 2
     leave_statistics(at, m.score_smem, m.state_gmem, *rows, self.start,
                      self.end)
 

@@ -1,7 +1,7 @@
 """Statistics of a query's scores in a Hopper kernel: what it must reach.
 
 Scores lie in shared memory, (G, 4, rows, 4): each warpgroup's 4 rows of 4 of
-the block's first span, then of its next. They are read 8 rows at a time, a
+its first round, then of its next. They are read 8 rows at a time, a
 number a lane.
 """
 
@@ -43,7 +43,7 @@ def lanes(shape) -> list[jax.Array]:
 def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
   """Which keys of the `i`-th 8 rows of a warpgroup are visible."""
   row = i * ROWS + row
-  sixteen = (row // WARPS * at.cluster + at.block) * PARTS + part
+  sixteen = (row // WARPS * PARTS + part) * at.cluster + at.block
   slot = sixteen * OWN + row % WARPS * KEYS + key
   return (slot >= start) & (slot < end)
 
