@@ -31,7 +31,8 @@ _STAGES = 4
 # Spans of a block up to which all is copied, before it is known which keys are
 # visible and kept: the wait for that takes longer.
 _EAGER_SPANS = 2
-# Shared memory that scores and lists may fill: the rest is for copies.
+# Bytes of shared memory that scores and lists may fill: the rest, of 227 KB, is
+# for copies and sums.
 _SCORES = 50 * 1024
 
 
