@@ -7,7 +7,7 @@ those. No warp waits for another before its own keys are done.
 
 A block turns its head's queries, and the newest key, to their position; the
 warpgroup whose keys the newest is one of writes it and its value to the cache,
-in place. XLA needs three kernels for that, each as long as half of this one.
+in place. XLA needs three kernels for that alone.
 
 Sums across warps never go through reductions: the memory Mosaic GPU does those
 in is shared by a block's warpgroups.

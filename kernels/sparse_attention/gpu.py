@@ -28,10 +28,11 @@ from sparse_lm.kernels.token_attention import (
 
 # Rounds of first parts that are on their way, where not all fit.
 _STAGES = 4
-# Rounds up to which all is copied, before it is known which keys are
-# visible and kept: the wait for that takes longer.
+# Rounds up to which all is copied, before it is known which keys are visible
+# and kept: the wait for that takes longer.
 _EAGER_ROUNDS = 2
-# Shared memory that scores and lists may fill: the rest is for copies.
+# Bytes of shared memory that scores and lists may fill: the rest, of 227 KB, is
+# for copies and sums.
 _SCORES = 50 * 1024
 
 

@@ -100,6 +100,12 @@ class Warpgroup:
     stages: how many rounds' first parts have a place.
     first: of the rounds.
     last: the one after the last.
+    start: the row's first visible slot.
+    end: the one after the last.
+    newest: the slot that is written.
+    quantile: of the scores that are not kept.
+    least: of each query's kept scores.
+    best: of each query's, capped.
   """
 
   def __init__(self, at: Place, m: Memory, write: bool, softcap: float):

@@ -14,6 +14,7 @@ from sparse_lm.decoding import Decoder, Greedy
 from sparse_lm.decoding import decoder as decoding
 from sparse_lm.kernels import sparse_attention as attention
 from sparse_lm.kernels.add_norm import add_norm
+from sparse_lm.kernels.dense_attention import write_and_attend
 from sparse_lm.kernels.spark_attention import spark_attention
 from sparse_lm.kernels.sparse_attention import sparse_attention
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
@@ -100,8 +101,8 @@ def test_gated_topk():
 
 
 @pytest.mark.parametrize("batch, slots, window", [
-    (1, 256, 2**30), (1, 1024, 2**30), (1, 4096, 2**30), (8, 4096, 1000),
-    (3, 8192, 4096)])
+    (1, 256, 2**30), (1, 1088, 2**30), (1, 4096, 2**30), (8, 4096, 1000),
+    (3, 8192, 4096), (1, 65536, 2**30)])
 def test_sparse_attention(batch, slots, window):
   keys = jax.random.split(jax.random.key(slots), 4)
   arrays = [jax.random.normal(key, (batch, 4, *shape), jnp.bfloat16)
@@ -121,6 +122,35 @@ def test_sparse_attention(batch, slots, window):
   again, _ = run(*arrays, lengths, implementation="pallas_gpu")
   np.testing.assert_array_equal(y, again)
   assert attention.choose(jax.devices()[0], 256, *arrays) == "pallas_gpu"
+
+
+@pytest.mark.parametrize("batch, slots, window", [
+    (1, 256, 2**30), (1, 1088, 2**30), (8, 1088, 700), (3, 8192, 4096)])
+def test_dense_attention(batch, slots, window):
+  keys = jax.random.split(jax.random.key(slots), 3)
+  rows, key, value = (
+      jax.random.normal(k, (batch, *shape), jnp.bfloat16)
+      for k, shape in zip(keys, ((16, 256), (4, slots, 256), (4, slots, 256))))
+  # Nothing is turned.
+  rotary = jnp.stack([jnp.ones((batch, 128)), jnp.zeros((batch, 128))], 1)
+  lengths = jnp.arange(slots - 3, 0, -slots // 9, jnp.int32)[:batch]
+  run = jax.jit(functools.partial(write_and_attend, window=window,
+                                  logit_softcap=50.0))
+  y, caches = run(rows, rotary, key, value, lengths)
+  put = jax.vmap(lambda cache, row, n: cache.at[:, n - 1].set(row))
+  expected = [put(cache, row, lengths) for cache, row in zip(
+      (key, value), (rows[:, 8:12], rows[:, 12:]))]
+  for cache, x in zip(caches, expected):
+    np.testing.assert_array_equal(cache, x)
+  key, value = (x.astype(jnp.float32) for x in expected)
+  slot, end = jnp.arange(slots), lengths[:, None]
+  seen = ((slot < end) & (slot >= end - window))[:, None, None]
+  with jax.default_matmul_precision("highest"):
+    scores = jnp.einsum("bkge,bkse->bkgs", rows[:, :8].reshape(
+        batch, 4, 2, 256).astype(jnp.float32), key) / 16
+    weights = jax.nn.softmax(50 * jnp.tanh(scores / 50), where=seen)
+    assert error(y, jnp.einsum("bkgs,bkse->bkge", weights, value)) < 1e-2
+  np.testing.assert_array_equal(y, run(rows, rotary, *caches, lengths)[0])
 
 
 def test_add_norm():

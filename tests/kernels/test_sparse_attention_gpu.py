@@ -21,7 +21,8 @@ VERSION = jax.__version_info__
 interpreted = pytest.mark.skipif(
     VERSION < (0, 12),
     reason="needs clusters in GPU interpret mode, of jax 0.12")
-LENGTHS, SLOTS, HEADS, GROUP = (192, 1, 70), 192, 2, 2
+# More queries than a block adds up at a time.
+LENGTHS, SLOTS, HEADS, GROUP = (192, 1, 70), 192, 2, 3
 EVERYTHING = 2**30
 P, E = 128, 256
 
@@ -57,6 +58,8 @@ def close(y, expected):
 def cluster(request, monkeypatch):
   """Keys are copied once it is known that they are wanted, or before."""
   monkeypatch.setattr(gpu, "_cluster_size", lambda *_: request.param)
+  # Fewer than the spans of one block.
+  monkeypatch.setattr(gpu, "_STAGES", 2)
 
 
 @interpreted
@@ -163,7 +166,8 @@ def test_a_token_beyond_the_slots_is_not_written():
     np.testing.assert_array_equal(cache, before)
 
 
-@pytest.mark.parametrize("batch, slots", [(1, 256), (1, 4096), (8, 1024)])
+@pytest.mark.parametrize("batch, slots", [
+    (1, 256), (1, 1088), (1, 4160), (8, 1088), (8, 32768)])
 def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
   bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   shapes = [bf16((batch, 4, *s)) for s in (
@@ -183,6 +187,8 @@ def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
     (dict(slots=100), "100 slots are not a multiple of 64"),
     (dict(group=9), "serves 8 queries a group and 64 rows, not 9 and 1"),
     (dict(lengths=(1,) * 65), "not 1 and 65"),
+    (dict(slots=64 * 2048),
+     "scores of 131072 slots and 1 queries do not fit in shared memory"),
 ])
 def test_what_it_cannot_serve(change, reason):
   options = dict(lengths=(64,), slots=64, heads=1, group=1) | change
