@@ -24,10 +24,10 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 
-# Warpgroups of a block, warps of each, and a warp's keys of a round.
-PARTS, WARPS, KEYS = 4, 4, 4
+# Warpgroups of a block, warps of each, and a warp's keys of a round. Caches are
+# often a little longer than a power of two: with five, that is no more rounds.
+PARTS, WARPS, KEYS = 5, 4, 4
 OWN = WARPS * KEYS
-SPAN = PARTS * OWN
 # Blocks that a cluster may have, and that run at a time.
 CLUSTER, _BLOCKS = 16, 128
 # Columns that a warpgroup adds up at a time, and queries that a block does.
@@ -66,11 +66,16 @@ def unsupported(arrays, group: int) -> str | None:
     if array.dtype != jnp.bfloat16:
       return f"needs bfloat16, not {array.dtype}"
   slots, rows = arrays[1].shape[2], arrays[0].shape[0]
-  if slots % SPAN:
-    return f"{slots} slots are not a multiple of {SPAN}"
+  if slots % OWN:
+    return f"{slots} slots are not a multiple of {OWN}"
   if group > 8 or rows > 64:
     return f"serves 8 queries a group and 64 rows, not {group} and {rows}"
   return None
+
+
+def span() -> int:
+  """Keys that a block takes in a round."""
+  return PARTS * OWN
 
 
 def cluster_size(heads: int, slots: int) -> int:
@@ -81,7 +86,7 @@ def cluster_size(heads: int, slots: int) -> int:
     slots: of each.
   """
   there = max(_BLOCKS // heads, 1)
-  needed = slots // SPAN
+  needed = pl.cdiv(slots, span())
   return min(CLUSTER, 1 << (there.bit_length() - 1),
              1 << (needed - 1).bit_length())
 

@@ -17,7 +17,7 @@ import numpy as np
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
-    BY_COLUMN, BY_KEY, KEYS, OWN, PARTS, SPAN, WARPS, Place, add_values,
+    BY_COLUMN, BY_KEY, KEYS, OWN, WARPS, Place, add_values,
     block_sync, capped, cluster_size, join, join_memory, kernel, make_bounds,
     no_values, own_keys, products, spread, store_row, turn_rows)
 
@@ -80,13 +80,13 @@ class _Memory:
 
 def _scratch(group: int, width: int) -> dict:
   """Shared memory, by `_Memory`'s names."""
-  rows = plgpu.SMEM((PARTS, _STAGES, WARPS, KEYS, width), jnp.bfloat16)
-  barrier = plgpu.Barrier(num_barriers=PARTS * _STAGES)
+  rows = plgpu.SMEM((token_attention.PARTS, _STAGES, WARPS, KEYS, width), jnp.bfloat16)
+  barrier = plgpu.Barrier(num_barriers=token_attention.PARTS * _STAGES)
   return dict(
       rows_smem=plgpu.SMEM((group + 2, width), jnp.bfloat16),
       key_smem=rows, value_smem=rows,
-      weight_smem=plgpu.SMEM((2, PARTS, group, WARPS, KEYS), jnp.float32),
-      scale_smem=plgpu.SMEM((2, PARTS, group, WARPS), jnp.float32),
+      weight_smem=plgpu.SMEM((2, token_attention.PARTS, group, WARPS, KEYS), jnp.float32),
+      scale_smem=plgpu.SMEM((2, token_attention.PARTS, group, WARPS), jnp.float32),
       key_barrier=barrier, value_barrier=barrier)
 
 
@@ -181,7 +181,7 @@ def _attend(heads, cluster, group, softcap, *refs, **scratch) -> None:
   slots = m.key_gmem.shape[1] * OWN
   # Where all fit, keys are copied before it is known which are visible: the
   # wait for that takes longer.
-  eager = slots <= _STAGES * cluster * SPAN
+  eager = slots <= _STAGES * cluster * token_attention.span()
 
   def copy(first, last):
     for i in range(_STAGES):

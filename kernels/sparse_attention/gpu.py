@@ -11,7 +11,6 @@ result every time.
 import functools
 
 import jax
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from sparse_lm.kernels.sparse_attention.gpu_keys import (
 from sparse_lm.kernels.sparse_attention.predictor import quantiles
 from sparse_lm.kernels.sparse_attention.statistics import state_shape
 from sparse_lm.kernels.token_attention import (
-    KEYS, OWN, PARTS, SPAN, WARPS, Place, block_sync, join, join_memory, kernel,
+    KEYS, OWN, WARPS, Place, block_sync, join, join_memory, kernel,
     make_bounds, own_keys, turn_rows)
 
 # Rounds of first parts that are on their way, where not all fit.
@@ -54,14 +53,14 @@ def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
 
 def _rounds(slots: int, cluster: int) -> int:
   """How many rounds there are at most, in whole twos."""
-  return 2 * pl.cdiv(slots, 2 * SPAN * cluster)
+  return 2 * pl.cdiv(slots, 2 * token_attention.span() * cluster)
 
 
 def _cluster_size(heads: int, slots: int, group: int) -> int | None:
   """How many blocks share a head; None where no number has the memory."""
   size = token_attention.cluster_size(heads, slots)
   while size <= token_attention.CLUSTER:
-    if _rounds(slots, size) * SPAN * (group + 1) * 4 <= _SCORES:
+    if _rounds(slots, size) * token_attention.span() * (group + 1) * 4 <= _SCORES:
       return size
     size *= 2
   return None
@@ -72,23 +71,23 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
   rounds = _rounds(slots, cluster)
 
   def rows(stages, width):
-    return plgpu.SMEM((PARTS, stages, WARPS, KEYS, width), jnp.bfloat16)
+    return plgpu.SMEM((token_attention.PARTS, stages, WARPS, KEYS, width), jnp.bfloat16)
 
   def barrier(stages, arrivals):
-    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=PARTS * stages)
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=token_attention.PARTS * stages)
 
-  score = plgpu.SMEM((group, PARTS, rounds * WARPS, KEYS), jnp.float32)
-  two = plgpu.SMEM((2, PARTS, group, WARPS, KEYS), jnp.float32)
+  score = plgpu.SMEM((group, token_attention.PARTS, rounds * WARPS, KEYS), jnp.float32)
+  two = plgpu.SMEM((2, token_attention.PARTS, group, WARPS, KEYS), jnp.float32)
   shared = dict(rows_smem=plgpu.SMEM((group + 2, WIDTH), jnp.bfloat16),
                 score_smem=score, weight_smem=two)
   if rounds <= _EAGER_ROUNDS:
     return shared | dict(
         key1_smem=rows(rounds, PART), key2_smem=rows(rounds, PART),
         value_smem=rows(rounds, WIDTH), second_smem=score,
-        key1_barrier=barrier(rounds, 1), rest_barrier=barrier(rounds, 2))
+        key1_barrier=barrier(1, rounds), rest_barrier=barrier(1, 2 * rounds))
   return shared | dict(
       key1_smem=rows(_STAGES, PART), value_smem=rows(BATCHES, WIDTH),
-      list_smem=plgpu.SMEM((PARTS, rounds * OWN), jnp.int32), picked_smem=two,
+      list_smem=plgpu.SMEM((token_attention.PARTS, rounds * OWN), jnp.int32), picked_smem=two,
       key1_barrier=barrier(_STAGES, 1),
       rest_barrier=barrier(BATCHES, 2 * OWN))
 
@@ -116,7 +115,7 @@ def _attend(heads, cluster, group, write, softcap, *refs, **scratch) -> None:
   turn_rows(at, group, [PART, WIDTH - PART], m.rows_gmem,
             m.rotary_gmem if write else None, m.rows_smem)
   block_sync(m.block_barrier)
-  lax.fori_loop(mine.first, mine.last, mine.score, None)
+  mine.score_all()
   block_sync(m.block_barrier)
   mine.find_thresholds()
 

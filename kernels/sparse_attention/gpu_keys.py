@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_attention.statistics import (
-    ROWS, lanes, leave_statistics, seen_rows, threshold, total)
+    ROWS, lanes, leave_statistics, seen_rows, thresholds, total)
 from sparse_lm.kernels.token_attention import (
     BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, capped, no_values,
     products, store_row)
@@ -123,6 +123,8 @@ class Warpgroup:
     self.first, self.last = first, last
     for i in range(self.stages):
       pl.when(first + i < last)(lambda i=i: self.copy(first + i))
+      if self.eager:
+        pl.when(first + i >= last)(self.copy_nothing)
 
   def see(self) -> None:
     """Reads what is visible, and what is to be kept."""
@@ -134,14 +136,39 @@ class Warpgroup:
   def copy(self, i) -> None:
     """Starts the copies of round `i`."""
     at, m, stage = self.at, self.m, i % self.stages
-    own, place = at.sixteen(i), at.part * self.stages + stage
+    own = at.sixteen(i)
     plgpu.copy_gmem_to_smem(
         m.key1_gmem.at[at.head, own], m.key1_smem.at[at.part, stage],
-        m.key1_barrier.at[place])
+        m.key1_barrier.at[self.key1_place(i)])
     if self.eager:
       for gmem, smem, _ in self.rest:
         plgpu.copy_gmem_to_smem(gmem.at[at.head, own], smem.at[at.part, stage],
-                                m.rest_barrier.at[place])
+                                m.rest_barrier.at[at.part])
+
+  def copy_nothing(self) -> None:
+    """Arrives where a round that there is not would have."""
+    plgpu.barrier_arrive(self.m.key1_barrier.at[self.at.part])
+    for _ in self.rest:
+      plgpu.barrier_arrive(self.m.rest_barrier.at[self.at.part])
+
+  def key1_place(self, i):
+    """Of the barrier for round `i`; where all is copied there is one for all.
+    """
+    if self.eager:
+      return self.at.part
+    return self.at.part * self.stages + i % self.stages
+
+  def score_all(self) -> None:
+    """Leaves the scores of all rounds."""
+    if self.eager:
+      plgpu.barrier_wait(self.m.key1_barrier.at[self.at.part])
+    lax.fori_loop(self.first, self.last, self.score, None)
+
+  def second_all(self) -> None:
+    """Leaves what all rounds' weights are multiplied with."""
+    if self.eager:
+      plgpu.barrier_wait(self.m.rest_barrier.at[self.at.part])
+      lax.fori_loop(self.first, self.last, self.second, None)
 
   def write_newest(self, i, *rows) -> None:
     """Writes the newest of some rows, if it is in round `i`."""
@@ -162,7 +189,8 @@ class Warpgroup:
   def score(self, i, _) -> None:
     """Leaves the scores of round `i`."""
     at, m, stage = self.at, self.m, i % self.stages
-    plgpu.barrier_wait(m.key1_barrier.at[at.part * self.stages + stage])
+    if not self.eager:
+      plgpu.barrier_wait(m.key1_barrier.at[self.key1_place(i)])
     # Where all is copied, the rest may still be on its way.
     rest = [] if self.eager else [(x, None, y) for x, _, y in self.rest]
     self.write_newest(i, self.first_parts, *rest)
@@ -177,7 +205,6 @@ class Warpgroup:
   def second(self, i, _) -> None:
     """Leaves what weights of round `i` are multiplied with."""
     at, m = self.at, self.m
-    plgpu.barrier_wait(m.rest_barrier.at[at.part * self.stages + i])
     self.write_newest(i, *self.rest)
     for g in self.queries:
       x = products(m.key2_smem.at[at.part, i], m.rows_smem.at[g, _SECOND])
@@ -193,15 +220,9 @@ class Warpgroup:
       rows = first // 2, (last + 1) // 2
     leave_statistics(at, m.score_smem, m.state_gmem, *rows, self.start,
                      self.end)
-
-    def meanwhile():
-      if self.eager:
-        lax.fori_loop(self.first, self.last, self.second, None)
-
-    mosaic_gpu.cluster_sync(m.cluster_barrier, meanwhile)
-    self.least, best = zip(*(
-        threshold(at, m.state_gmem, g, self.quantile, self.start, self.end)
-        for g in self.queries))
+    mosaic_gpu.cluster_sync(m.cluster_barrier, self.second_all)
+    self.least, best = zip(*thresholds(at, m.state_gmem, self.quantile,
+                                       self.start, self.end))
     self.best = [capped(x, self.softcap) for x in best]
 
   def kept(self, score, seen, g: int) -> jax.Array:

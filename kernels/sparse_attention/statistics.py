@@ -12,8 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
-    BY_LANE, KEYS, OWN, PARTS, WARPS, Place)
+    BY_LANE, KEYS, OWN, WARPS, Place)
 
 ROWS = 8
 # What each block leaves of its keys' scores.
@@ -43,7 +44,7 @@ def lanes(shape) -> list[jax.Array]:
 def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
   """Which keys of the `i`-th 8 rows of a warpgroup are visible."""
   row = i * ROWS + row
-  sixteen = (row // WARPS * PARTS + part) * at.cluster + at.block
+  sixteen = (row // WARPS * token_attention.PARTS + part) * at.cluster + at.block
   slot = sixteen * OWN + row % WARPS * KEYS + key
   return (slot >= start) & (slot < end)
 
@@ -61,7 +62,7 @@ def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
     start: the row's first visible slot.
     end: the one after the last.
   """
-  shape = PARTS, ROWS, KEYS
+  shape = token_attention.PARTS, ROWS, KEYS
 
   def load(g, i):
     score = mosaic_gpu.load(score_smem.at[g, :, pl.ds(i * ROWS, ROWS)],
@@ -94,32 +95,41 @@ def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
       state_gmem[at.head, g, i, at.block // KEYS, at.block % KEYS] = x
 
   for g in range(score_smem.shape[0]):
-    pl.when(at.part == g % PARTS)(lambda g=g: query(g))
+    pl.when(at.part == g % token_attention.PARTS)(lambda g=g: query(g))
 
 
-def threshold(at: Place, state_gmem, g: int, quantile, start, end):
-  """A query's least kept score and its best one, scalars.
+def thresholds(at: Place, state_gmem, quantile, start, end) -> list[tuple]:
+  """Each query's least kept score and its best one, scalars.
 
   Args: as `leave_statistics` has them, and
-    g: which query.
     quantile: of the scores that are not kept; -inf: all are.
   """
-  mean, square, best, count = (
-      mosaic_gpu.load(state_gmem.at[at.head, g, i], BY_LANE, optimized=False)
-      for i in (_MEAN, _SQUARE, _BEST, _COUNT))
+  queries = range(state_gmem.shape[1])
   row, one = lanes((ROWS, KEYS))
-  # The other numbers were never written.
-  there = (row * KEYS + one < at.cluster) & (count > 0.0)
   number = (end - start).astype(jnp.float32)
-  mean_of_all = total(jnp.where(there, count * mean, 0.0)) / number
+  # Step by step of all queries: one's sums do not wait for another's.
+  states = [[mosaic_gpu.load(state_gmem.at[at.head, g, i], BY_LANE,
+                             optimized=False)
+             for i in (_MEAN, _SQUARE, _BEST, _COUNT)] for g in queries]
+  # The other numbers were never written.
+  there = [(row * KEYS + one < at.cluster) & (state[_COUNT] > 0.0)
+           for state in states]
+  means = [total(jnp.where(seen, count * mean, 0.0)) / number
+           for seen, (mean, _, _, count) in zip(there, states)]
+  bests = [greatest(jnp.where(seen, state[_BEST], -jnp.inf))
+           for seen, state in zip(there, states)]
   # Chan et al., 1979: squared deviations of parts, put together.
-  apart = mean - mean_of_all
-  square = total(jnp.where(there, square + count * apart * apart, 0.0))
-  best = greatest(jnp.where(there, best, -jnp.inf))
-  variance = square / number
-  # sqrt(variance): there is rsqrt alone.
-  std = variance * lax.rsqrt(jnp.maximum(variance, 1e-37))
-  # Not of -inf: 0 * -inf is NaN.
-  theta = mean_of_all + std * jnp.maximum(quantile, -1e30)
-  theta = jnp.where(quantile > -jnp.inf, theta, -jnp.inf)
-  return jnp.minimum(theta, best), best
+  aparts = [state[_MEAN] - mean for state, mean in zip(states, means)]
+  squares = [total(jnp.where(seen, square + count * apart * apart, 0.0))
+             for seen, apart, (_, square, _, count) in zip(there, aparts,
+                                                           states)]
+
+  def least(mean, square, best):
+    variance = square / number
+    # sqrt(variance): there is rsqrt alone.
+    std = variance * lax.rsqrt(jnp.maximum(variance, 1e-37))
+    # Not of -inf: 0 * -inf is NaN.
+    theta = mean + std * jnp.maximum(quantile, -1e30)
+    return jnp.minimum(jnp.where(quantile > -jnp.inf, theta, -jnp.inf), best)
+
+  return [(least(*x), x[-1]) for x in zip(means, squares, bests)]

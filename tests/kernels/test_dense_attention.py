@@ -141,7 +141,7 @@ def test_what_it_cannot_serve():
 
   assert reason() is None
   assert reason(dtype=jnp.float32) == "needs bfloat16, not float32"
-  assert reason(slots=100) == "100 slots are not a multiple of 64"
+  assert reason(slots=100) == "100 slots are not a multiple of 16"
   assert reason(width=64) == "E of 64 is not 128 or 256"
   assert "not 9 and 65" in reason(batch=65, group=9)
   x = jnp.zeros((1, 4, 2, E), jnp.bfloat16)

@@ -184,7 +184,7 @@ def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
 
 
 @pytest.mark.parametrize("change, reason", [
-    (dict(slots=100), "100 slots are not a multiple of 64"),
+    (dict(slots=100), "100 slots are not a multiple of 16"),
     (dict(group=9), "serves 8 queries a group and 64 rows, not 9 and 1"),
     (dict(lengths=(1,) * 65), "not 1 and 65"),
     (dict(slots=64 * 2048),
