@@ -11,9 +11,9 @@ work. The first leaves the scores of a tile of neurons, their mean and their
 squared deviations. The second multiplies `up`; while its first copies are on
 their way it makes thresholds of the tiles' statistics, and activations of
 scores. The third multiplies `down`, some columns and some neurons a thread
-block; XLA adds the blocks' sums in a fixed order. When the kernel before it has
-read its matrix it asks for the beginning of `down`, so that memory does not
-rest until the third starts.
+block; XLA adds the blocks' sums in a fixed order. When a kernel has read its
+matrix it asks for the beginning of the next one, so that memory does not rest
+until the next kernel does so.
 """
 
 import functools
@@ -33,14 +33,16 @@ from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
 
 # Columns of the tokens in one copy.
 _CHUNK = 128
-# Columns of `down` of one thread block.
+# Columns of `down` of one thread block, and neurons of `down` in one copy: few,
+# so that splits are of nearly one size.
 _COLUMNS = 128
+_NEURONS = 64
 # Shared memory of a block, which is alone on its multiprocessor.
 _SHARED_BYTES = 224 * 1024
 _PROCESSORS = 132
-# Of the copies of each thread block of a kernel, for how many the kernel before
-# asks: memory brings these 12 MB while one ends and the next one starts.
-_AHEAD = 3
+# Of what each thread block of a kernel reads, for how many bytes the kernel
+# before asks: memory brings these 12 MB while one ends and the next one starts.
+_AHEAD = 96 * 1024
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 # Rows of an array in that layout.
@@ -128,23 +130,34 @@ def _start(first, end, tokens_at, rows_at, *, x_smem, rows_smem, barriers,
 
 
 def _splits(shape: tuple[int, int]) -> tuple[int, int, int]:
-  """Of `down`: tiles of neurons, blocks of columns, splits of the tiles."""
-  tiles, blocks = shape[0] // _tile(shape[0]), shape[1] // _COLUMNS
-  return tiles, blocks, min(tiles, max(1, _PROCESSORS // blocks))
+  """Of `down`: steps through its rows, blocks of columns, splits of steps."""
+  steps, blocks = shape[0] // _NEURONS, shape[1] // _COLUMNS
+  return steps, blocks, min(steps, max(1, _PROCESSORS // blocks))
+
+
+def _prefetch_up(gmem) -> None:
+  """Asks for the beginning of this block's tile of `up`, into the cache."""
+  tile, size = lax.axis_index("block"), _tile(gmem.shape[0])
+  width = min(gmem.shape[1], _AHEAD // (2 * size))
+  for first in range(0, width, _CHUNK):
+    plgpu.async_prefetch(gmem.at[pl.ds(tile * size, size),
+                                 pl.ds(first, _CHUNK)])
 
 
 def _prefetch_down(gmem) -> None:
-  """Asks for this block's share of what those of `_down` will read first."""
-  size, (tiles, blocks, splits) = _tile(gmem.shape[0]), _splits(gmem.shape)
-  copies = blocks * splits * min(_AHEAD, tiles // splits)
+  """Likewise, its share of what the blocks of `_down` will read first."""
+  tiles = gmem.shape[0] // _tile(gmem.shape[0])
+  steps, blocks, splits = _splits(gmem.shape)
+  ahead = min(steps // splits, _AHEAD // (2 * _NEURONS * _COLUMNS))
+  copies = blocks * splits * ahead
   for first in range(0, copies, tiles):
     copy = first + lax.axis_index("block")
 
     @pl.when(copy < copies)
     def _(copy=copy):
       step, block = copy // blocks, copy % blocks
-      step = step % splits * tiles // splits + step // splits
-      plgpu.async_prefetch(gmem.at[pl.ds(step * size, size),
+      step = step % splits * steps // splits + step // splits
+      plgpu.async_prefetch(gmem.at[pl.ds(step * _NEURONS, _NEURONS),
                                    pl.ds(block * _COLUMNS, _COLUMNS)])
 
 
@@ -175,21 +188,16 @@ def _threshold(select: StatisticalTopk, statistics_gmem, tiles: int, size: int):
 
 
 @jax.jit
-def _scores(x_NxD, gate_FxR, down_FxD):
-  """Scores (F, N), and of tiles means and squared deviations (2, t, N).
-
-  Args:
-    x_NxD: the tokens.
-    gate_FxR: the gate.
-    down_FxD: `down` if the next kernel is the one that reads it.
-  """
+def _scores(x_NxD, gate_FxR, up_FxU, down_FxD):
+  """Scores (F, N), and of tiles means and squared deviations (2, t, N)."""
   tokens, (neurons, width) = x_NxD.shape[0], gate_FxR.shape
   size = _tile(neurons)
   tiles, steps = neurons // size, width // _CHUNK
-  upcoming = () if down_FxD is None else (down_FxD,)
+  upcoming, prefetch = ((down_FxD, _prefetch_down) if up_FxU is None else
+                        (up_FxU, _prefetch_up))
 
-  def write_scores(x_gmem, gate_gmem, *refs, **smem):
-    *upcoming_gmem, score_gmem, statistics_gmem = refs
+  def write_scores(x_gmem, gate_gmem, upcoming_gmem, score_gmem,
+                   statistics_gmem, **smem):
     tile = lax.axis_index("block")
     rows = pl.ds(tile * size, size)
 
@@ -199,8 +207,7 @@ def _scores(x_NxD, gate_FxR, down_FxD):
     score = _start(0, steps, lambda i: x_gmem.at[:, columns(i)],
                    lambda i: gate_gmem.at[rows, columns(i)], **smem,
                    transposed=False)()
-    for gmem in upcoming_gmem:
-      _prefetch_down(gmem)
+    prefetch(upcoming_gmem)
     mosaic_gpu.store(score_gmem.at[rows], score)
     mean = score.sum(0) / size
     deviation = score - _in_rows(mean, size)
@@ -211,7 +218,7 @@ def _scores(x_NxD, gate_FxR, down_FxD):
   return _kernel(
       write_scores, (f32((neurons, tokens)), f32((2, _whole(tiles), tokens))),
       (tiles,), **_scratch(steps, (tokens, _CHUNK), (size, _CHUNK), 0))(
-          x_NxD, gate_FxR, *upcoming)
+          x_NxD, gate_FxR, upcoming)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -267,7 +274,8 @@ def _hidden(select, up_activation, score_FxN, statistics, x_NxD, up_FxU,
 def _down(hidden_NxF, count, down_FxD):
   """Partial sums (splits, N, D), float32; how many neurons are active (N,)."""
   (tokens, neurons), width = hidden_NxF.shape, down_FxD.shape[1]
-  chunk, (steps, blocks, splits) = _tile(neurons), _splits(down_FxD.shape)
+  tiles, (steps, blocks, splits) = neurons // _tile(neurons), _splits(
+      down_FxD.shape)
 
   def write_sums(hidden_gmem, count_gmem, down_gmem, y_gmem, active_gmem,
                  **smem):
@@ -275,7 +283,7 @@ def _down(hidden_NxF, count, down_FxD):
     columns = pl.ds(block * _COLUMNS, _COLUMNS)
 
     def rows(step):
-      return pl.ds(step * chunk, chunk)
+      return pl.ds(step * _NEURONS, _NEURONS)
 
     multiply = _start(
         split * steps // splits, (split + 1) * steps // splits,
@@ -284,7 +292,7 @@ def _down(hidden_NxF, count, down_FxD):
 
     @pl.when((block == 0) & (split == 0))
     def _():
-      active = _add_tiles(_load(count_gmem), steps)
+      active = _add_tiles(_load(count_gmem), tiles)
       mosaic_gpu.store(active_gmem, active.astype(jnp.int32))
 
     y = plgpu.layout_cast(multiply(), plgpu.Layout.WGMMA_TRANSPOSED)
@@ -295,8 +303,8 @@ def _down(hidden_NxF, count, down_FxD):
          jax.ShapeDtypeStruct((tokens,), jnp.int32))
   return _kernel(
       write_sums, out, (blocks, splits),
-      **_scratch(pl.cdiv(steps, splits), (tokens, chunk), (chunk, _COLUMNS),
-                 0))(hidden_NxF, count, down_FxD)
+      **_scratch(pl.cdiv(steps, splits), (tokens, _NEURONS),
+                 (_NEURONS, _COLUMNS), 0))(hidden_NxF, count, down_FxD)
 
 
 def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
@@ -306,8 +314,7 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
   tokens = x_BxD.shape[0]
   more = (0, whole_eights(tokens) - tokens), (0, 0)  # A copy is of eights.
   x_NxD = jnp.pad(x_BxD, more)
-  score_FxN, statistics = _scores(x_NxD, gate_FxR,
-                                  down_FxD if up_FxU is None else None)
+  score_FxN, statistics = _scores(x_NxD, gate_FxR, up_FxU, down_FxD)
   if not isinstance(select, (Elementwise, StatisticalTopk)):
     # Of the whole row: XLA's work.
     score_FxN = jnp.pad(select(score_FxN.T[:tokens]), more).T
