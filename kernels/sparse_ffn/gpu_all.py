@@ -11,9 +11,9 @@ work. The first leaves the scores of a tile of neurons, their mean and their
 squared deviations. The second multiplies `up`; while its first copies are on
 their way it makes thresholds of the tiles' statistics, and activations of
 scores. The third multiplies `down`, some columns and some neurons a thread
-block; XLA adds the blocks' sums in a fixed order. When a kernel has read its
-matrix it asks for the beginning of the next one, so that memory does not rest
-until the next kernel does so.
+block; XLA adds the blocks' sums in a fixed order. A block that has asked for
+the last of its matrix asks for the beginning of the next one, so that memory
+does not rest until the next kernel does so.
 """
 
 import functools
@@ -85,7 +85,7 @@ def _scratch(steps: int, tokens: tuple[int, int], rows: tuple[int, int],
 
 
 def _start(first, end, tokens_at, rows_at, *, x_smem, rows_smem, barriers,
-           transposed: bool):
+           transposed: bool, prefetch=lambda: None):
   """Starts to copy tokens and weights.
 
   Args:
@@ -97,6 +97,7 @@ def _start(first, end, tokens_at, rows_at, *, x_smem, rows_smem, barriers,
     rows_smem: places for weights.
     barriers: when both are there.
     transposed: whether a step's weights are (dims summed over, rows).
+    prefetch: called when the last copy is on its way.
 
   Returns:
     A function that multiplies and adds up, to (rows, tokens) in float32.
@@ -121,6 +122,7 @@ def _start(first, end, tokens_at, rows_at, *, x_smem, rows_smem, barriers,
                   plgpu.transpose_ref(x_smem.at[place], (1, 0)))
       plgpu.wgmma_wait(0)
       pl.when(i + places < end)(functools.partial(copy, i + places))
+      pl.when(i == lax.max(first, end - places - 1))(prefetch)
 
     lax.fori_loop(first, end, step, None)
     return accumulator[...]
@@ -206,8 +208,8 @@ def _scores(x_NxD, gate_FxR, up_FxU, down_FxD):
 
     score = _start(0, steps, lambda i: x_gmem.at[:, columns(i)],
                    lambda i: gate_gmem.at[rows, columns(i)], **smem,
-                   transposed=False)()
-    prefetch(upcoming_gmem)
+                   transposed=False,
+                   prefetch=lambda: prefetch(upcoming_gmem))()
     mosaic_gpu.store(score_gmem.at[rows], score)
     mean = score.sum(0) / size
     deviation = score - _in_rows(mean, size)
@@ -244,7 +246,7 @@ def _hidden(select, up_activation, score_FxN, statistics, x_NxD, up_FxU,
       multiply_up = _start(
           0, steps, lambda i: x_gmem.at[:, pl.ds(first + i * _CHUNK, _CHUNK)],
           lambda i: up_gmem.at[rows, pl.ds(i * _CHUNK, _CHUNK)], **smem,
-          transposed=False)
+          transposed=False, prefetch=lambda: _prefetch_down(down_gmem))
     hidden = _load(score_gmem.at[rows])
     if isinstance(select, StatisticalTopk):
       theta = _threshold(select, statistics_gmem, tiles, size)
@@ -253,9 +255,7 @@ def _hidden(select, up_activation, score_FxN, statistics, x_NxD, up_FxU,
     mosaic_gpu.store(count_gmem.at[tile],
                      jnp.where(hidden != 0.0, 1.0, 0.0).sum(0))
     if multiply_up:
-      up = multiply_up()
-      _prefetch_down(down_gmem)
-      hidden *= mosaic_gpu.inlined(up_activation)(up)
+      hidden *= mosaic_gpu.inlined(up_activation)(multiply_up())
     plgpu.transpose_ref(hidden_smem, (1, 0))[...] = plgpu.layout_cast(
         hidden.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
