@@ -80,13 +80,14 @@ class _Memory:
 
 def _scratch(group: int, width: int) -> dict:
   """Shared memory, by `_Memory`'s names."""
-  rows = plgpu.SMEM((token_attention.PARTS, _STAGES, WARPS, KEYS, width), jnp.bfloat16)
-  barrier = plgpu.Barrier(num_barriers=token_attention.PARTS * _STAGES)
+  parts = token_attention.PARTS
+  rows = plgpu.SMEM((parts, _STAGES, WARPS, KEYS, width), jnp.bfloat16)
+  barrier = plgpu.Barrier(num_barriers=parts * _STAGES)
   return dict(
       rows_smem=plgpu.SMEM((group + 2, width), jnp.bfloat16),
       key_smem=rows, value_smem=rows,
-      weight_smem=plgpu.SMEM((2, token_attention.PARTS, group, WARPS, KEYS), jnp.float32),
-      scale_smem=plgpu.SMEM((2, token_attention.PARTS, group, WARPS), jnp.float32),
+      weight_smem=plgpu.SMEM((2, parts, group, WARPS, KEYS), jnp.float32),
+      scale_smem=plgpu.SMEM((2, parts, group, WARPS), jnp.float32),
       key_barrier=barrier, value_barrier=barrier)
 
 
@@ -208,12 +209,11 @@ def _attend(heads, cluster, group, softcap, *refs, **scratch) -> None:
   join(at, m, totals, list(zip(divisors, bests)), finish, rescale=True)
 
 
-def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
-                     key_BxKxSxE: jax.Array, value_BxKxSxE: jax.Array,
-                     lengths_B: jax.Array, group: int,
-                     window: jax.Array | int, logit_softcap: float
-                     ) -> tuple[jax.Array, list[jax.Array]]:
-  """As `api.write_and_attend`."""
+# Lowered once for all layers.
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _call(rows_BxRxE, rotary_Bx2xT, key_BxKxSxE, value_BxKxSxE, bounds_Bx3,
+          group, logit_softcap):
+  """The kernel, of bounds that `make_bounds` makes."""
   b, k, s, width = key_BxKxSxE.shape
   cluster = cluster_size(b * k, s)
   sums, scratch = join_memory(b * k, group, width, cluster)
@@ -222,6 +222,17 @@ def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
       functools.partial(_attend, k, cluster, group, logit_softcap),
       (*sums, jax.ShapeDtypeStruct((b * k, group, width), rows_BxRxE.dtype)),
       b * k, cluster, **_scratch(group, width), **scratch)(
-          make_bounds(lengths_B, window, s), rows_BxRxE, rotary_Bx2xT, *caches)
+          bounds_Bx3, rows_BxRxE, rotary_Bx2xT, *caches)
   return (y.reshape(b, k, group, width),
           [jax.freeze(x).reshape(key_BxKxSxE.shape) for x in caches])
+
+
+def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
+                     key_BxKxSxE: jax.Array, value_BxKxSxE: jax.Array,
+                     lengths_B: jax.Array, group: int,
+                     window: jax.Array | int, logit_softcap: float
+                     ) -> tuple[jax.Array, list[jax.Array]]:
+  """As `api.write_and_attend`."""
+  bounds_Bx3 = make_bounds(lengths_B, window, key_BxKxSxE.shape[2])
+  return _call(rows_BxRxE, rotary_Bx2xT, key_BxKxSxE, value_BxKxSxE,
+               bounds_Bx3, group, logit_softcap)

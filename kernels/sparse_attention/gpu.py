@@ -26,7 +26,7 @@ from sparse_lm.kernels.token_attention import (
     make_bounds, own_keys, turn_rows)
 
 # Rounds of first parts that are on their way, where not all fit.
-_STAGES = 4
+_STAGES = 2
 # Rounds up to which all is copied, before it is known which keys are visible
 # and kept: the wait for that takes longer.
 _EAGER_ROUNDS = 2
@@ -59,8 +59,9 @@ def _rounds(slots: int, cluster: int) -> int:
 def _cluster_size(heads: int, slots: int, group: int) -> int | None:
   """How many blocks share a head; None where no number has the memory."""
   size = token_attention.cluster_size(heads, slots)
+  span = token_attention.span()
   while size <= token_attention.CLUSTER:
-    if _rounds(slots, size) * token_attention.span() * (group + 1) * 4 <= _SCORES:
+    if _rounds(slots, size) * span * (group + 1) * 4 <= _SCORES:
       return size
     size *= 2
   return None
@@ -68,16 +69,16 @@ def _cluster_size(heads: int, slots: int, group: int) -> int | None:
 
 def _scratch(group: int, slots: int, cluster: int) -> dict:
   """Shared memory, by `Memory`'s names."""
-  rounds = _rounds(slots, cluster)
+  parts, rounds = token_attention.PARTS, _rounds(slots, cluster)
 
   def rows(stages, width):
-    return plgpu.SMEM((token_attention.PARTS, stages, WARPS, KEYS, width), jnp.bfloat16)
+    return plgpu.SMEM((parts, stages, WARPS, KEYS, width), jnp.bfloat16)
 
   def barrier(stages, arrivals):
-    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=token_attention.PARTS * stages)
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=parts * stages)
 
-  score = plgpu.SMEM((group, token_attention.PARTS, rounds * WARPS, KEYS), jnp.float32)
-  two = plgpu.SMEM((2, token_attention.PARTS, group, WARPS, KEYS), jnp.float32)
+  score = plgpu.SMEM((group, parts, rounds * WARPS, KEYS), jnp.float32)
+  two = plgpu.SMEM((2, parts, group, WARPS, KEYS), jnp.float32)
   shared = dict(rows_smem=plgpu.SMEM((group + 2, WIDTH), jnp.bfloat16),
                 score_smem=score, weight_smem=two)
   if rounds <= _EAGER_ROUNDS:
@@ -87,7 +88,7 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
         key1_barrier=barrier(1, rounds), rest_barrier=barrier(1, 2 * rounds))
   return shared | dict(
       key1_smem=rows(_STAGES, PART), value_smem=rows(BATCHES, WIDTH),
-      list_smem=plgpu.SMEM((token_attention.PARTS, rounds * OWN), jnp.int32), picked_smem=two,
+      list_smem=plgpu.SMEM((parts, rounds * OWN), jnp.int32), picked_smem=two,
       key1_barrier=barrier(_STAGES, 1),
       rest_barrier=barrier(BATCHES, 2 * OWN))
 
@@ -130,6 +131,8 @@ def _attend(heads, cluster, group, write, softcap, *refs, **scratch) -> None:
   join(at, m, *mine.mix(), finish)
 
 
+# Lowered once for all layers.
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _call(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
           logit_softcap):
   """The kernel.

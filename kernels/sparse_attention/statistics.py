@@ -44,7 +44,8 @@ def lanes(shape) -> list[jax.Array]:
 def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
   """Which keys of the `i`-th 8 rows of a warpgroup are visible."""
   row = i * ROWS + row
-  sixteen = (row // WARPS * token_attention.PARTS + part) * at.cluster + at.block
+  before = row // WARPS * token_attention.PARTS + part
+  sixteen = before * at.cluster + at.block
   slot = sixteen * OWN + row % WARPS * KEYS + key
   return (slot >= start) & (slot < end)
 

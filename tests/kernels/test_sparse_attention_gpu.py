@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.sparse_attention import gpu
 from sparse_lm.kernels.sparse_attention import (sparse_attention, unsupported,
                                                 write_and_attend)
@@ -22,7 +23,7 @@ interpreted = pytest.mark.skipif(
     VERSION < (0, 12),
     reason="needs clusters in GPU interpret mode, of jax 0.12")
 # More queries than a block adds up at a time.
-LENGTHS, SLOTS, HEADS, GROUP = (192, 1, 70), 192, 2, 3
+LENGTHS, SLOTS, HEADS, GROUP = (128, 1), 128, 2, 3
 EVERYTHING = 2**30
 P, E = 128, 256
 
@@ -38,9 +39,12 @@ def make(lengths=LENGTHS, slots=SLOTS, heads=HEADS, group=GROUP, seed=0):
 
 def run(call, *arrays, **options):
   params = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
-  # A cluster's own barrier is unknown there.
-  with plgpu.force_gpu_interpret_mode(params), mock.patch.object(
-      mosaic_gpu, "cluster_sync", mosaic_gpu.interpreted_sync):
+  with (plgpu.force_gpu_interpret_mode(params),
+        # It is quicker with fewer, and has no more than eight in a cluster.
+        mock.patch.object(token_attention, "PARTS", 2),
+        # A cluster's own barrier is unknown there.
+        mock.patch.object(mosaic_gpu, "cluster_sync",
+                          mosaic_gpu.interpreted_sync)):
     return jax.device_get(call(*arrays, **options))
 
 
@@ -54,21 +58,26 @@ def close(y, expected):
   return error <= 4e-3 * np.linalg.norm(expected)
 
 
-@pytest.fixture(params=[1, 2], ids=["lazy", "eager"])
+# Keys are copied once it is known that they are wanted, or before.
+LAZY, EAGER = 1, 2
+
+
+@pytest.fixture(params=[LAZY, EAGER], ids=["lazy", "eager"])
 def cluster(request, monkeypatch):
-  """Keys are copied once it is known that they are wanted, or before."""
   monkeypatch.setattr(gpu, "_cluster_size", lambda *_: request.param)
-  # Fewer than the spans of one block.
-  monkeypatch.setattr(gpu, "_STAGES", 2)
+  gpu._call.clear_cache()
+  yield
+  gpu._call.clear_cache()
 
 
 @interpreted
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("window, top_k, logit_softcap", [
-    (EVERYTHING, 12, 0.0), (40, 12, 2.0),
+@pytest.mark.parametrize("cluster, window, top_k, logit_softcap", [
+    (LAZY, EVERYTHING, 12, 0.0), (LAZY, 40, 12, 2.0), (EAGER, 40, 12, 2.0),
     # The best alone, and all.
-    (EVERYTHING, 1, 0.0), (100, 1000, 50.0),
-])
+    (EAGER, EVERYTHING, 1, 0.0), (LAZY, 100, 1000, 50.0),
+    (EAGER, 100, 1000, 50.0),
+], indirect=["cluster"])
 def test_against_the_formula(formula, capfd, window, top_k, logit_softcap):
   arrays = make()
   # A query that points away from all keys, one that scores them high.
