@@ -7,12 +7,12 @@ Two kernels. The first multiplies the gate: it streams all of it, a tile of
 neurons a thread block, through the tensor cores, and leaves each tile's mean
 and squared deviations beside the scores. For one token it can make what it
 multiplies as well, adding up the residual stream and norming it while the gate
-is on its way. In the second each warpgroup takes one
-token and a few neurons: it adds the tiles' statistics up to the threshold,
-makes activations of its scores, lists the active neurons and asks for their
-rows of `up` and `down`, in copies that run by themselves. As rows arrive it
-multiplies and adds. A block adds its warpgroups' sums, and XLA those of the
-blocks, in a fixed order: no atomics, the same result every time.
+is on its way. In the second each warpgroup takes one token and a few neurons:
+it adds the tiles' statistics up to the threshold, makes activations of its
+scores, lists the active neurons and asks for their rows of `up` and `down`, in
+copies that run by themselves. As rows arrive it multiplies and adds. A block
+adds its warpgroups' sums, and XLA those of the blocks, in a fixed order: no
+atomics, the same result every time.
 
 Where each neuron decides by itself, one token needs one kernel: a block goes on
 from its tile's scores to its rows. With a threshold of all neurons in between,
@@ -157,8 +157,8 @@ def _accumulate(select, up_activation, score, statistics, x_BxD, up_FxU,
                if k <= tokens and neurons % (2 * k * GROUP) == 0)
   blocks = neurons // (2 * groups * GROUP)
 
-  def add_active(score_gmem, statistics_gmem, x_gmem, *refs, y_smem, y_barrier,
-           **smem):
+  def add_active(score_gmem, statistics_gmem, x_gmem, *refs, y_smem,
+                 y_barrier, **smem):
     *rows_gmem, y_gmem, count_gmem = refs
     gmem = dict(zip(rows, rows_gmem))
     block, token, part = map(lax.axis_index, ("block", "token", "part"))

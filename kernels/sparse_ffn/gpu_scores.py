@@ -61,8 +61,8 @@ def multiply_gate(tile, get_x, gate_gmem, *, x_smem, gate_smem, score_smem,
 
   Args:
     tile: which one, traced.
-    get_x: the tokens (B, D) in global memory, B at most 8 or whole eights; or
-      a function that leaves them in x_smem.
+    get_x: the tokens (B, D) in global memory, at most 8; or a function that
+      leaves them in x_smem.
     gate_gmem: the gate (F, R).
     x_smem: chunks of x's columns.
     gate_smem: chunks of the tile's columns.
