@@ -38,7 +38,7 @@ from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  linear)
 
 # Of more tokens, together, too few neurons are inactive to be worth finding.
-_ROW_BY_ROW_UP_TO = 8
+_ROW_BY_ROW_UP_TO = gpu_scores.TOKENS
 # Shared memory for the rows of a warpgroup. Two blocks of two warpgroups share
 # a multiprocessor, so that their waits overlap; so do two of the one kernel,
 # whose rows lie beside the gate's chunks.
@@ -105,25 +105,30 @@ def _activate(select, scores: list[jax.Array]) -> list[jax.Array]:
   return [mosaic_gpu.inlined(select.activation)(score) for score in scores]
 
 
+def _scores(tokens: int, neurons: int) -> list[jax.ShapeDtypeStruct]:
+  """What the first kernel leaves, in float32.
+
+  Scores (B, F); tiles' means and squared deviations (2, B, t), which beyond the
+  tiles, up to a multiple of 32, are not written.
+  """
+  tiles = 32 * pl.cdiv(neurons // TILE, 32)
+  return [jax.ShapeDtypeStruct(shape, jnp.float32)
+          for shape in ((tokens, neurons), (2, tokens, tiles))]
+
+
 @jax.jit
 def _predict(x_BxD, gate_FxR):
-  """Scores (B, F); tiles' means and squared deviations (2, B, t); float32.
-
-  Statistics beyond the tiles, up to a multiple of 32, are not written.
-  """
-  tokens, (neurons, width) = x_BxD.shape[0], gate_FxR.shape
-  tiles = neurons // TILE
-  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  out = f32((tokens, neurons)), f32((2, tokens, 32 * pl.cdiv(tiles, 32)))
-  return _kernel(gpu_scores.write_scores, out, tiles, 1, 1,
-                 **gpu_scores.scratch(tokens, width))(x_BxD, gate_FxR)
+  """The first kernel: see `_scores`."""
+  neurons, width = gate_FxR.shape
+  return _kernel(gpu_scores.write_scores, _scores(x_BxD.shape[0], neurons),
+                 neurons // TILE, 1, 1,
+                 **gpu_scores.scratch(width))(x_BxD, gate_FxR)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _add_norm_and_predict(x_1xD, y_1xD, y_scale_D, scale_D, epsilon, gate_FxR):
   """As `_predict`, of norm(x + norm(y)); also that sum and its norm, (1, D)."""
   neurons, width = gate_FxR.shape
-  tiles = neurons // TILE
 
   def add_and_write_scores(*refs, norm_smem, **smem):
     *tokens, gate_gmem, score_gmem, statistics_gmem, sum_gmem, norm_gmem = refs
@@ -132,14 +137,12 @@ def _add_norm_and_predict(x_1xD, y_1xD, y_scale_D, scale_D, epsilon, gate_FxR):
                           norm_gmem, norm_smem),
         gate_gmem, score_gmem, statistics_gmem, **smem)
 
-  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   like_x = jax.ShapeDtypeStruct((x_1xD.size,), x_1xD.dtype)
-  out = (f32((1, neurons)), f32((2, 1, 32 * pl.cdiv(tiles, 32))), like_x,
-         like_x)
   score, statistics, *tokens = _kernel(
-      add_and_write_scores, out, tiles, 1, 1,
+      add_and_write_scores, [*_scores(1, neurons), like_x, like_x],
+      neurons // TILE, 1, 1,
       norm_smem=plgpu.SMEM(like_x.shape, like_x.dtype),
-      **gpu_scores.scratch(1, width, added=True))(
+      **gpu_scores.scratch(width, added=True))(
           *(a.reshape(-1) for a in (x_1xD, y_1xD, y_scale_D, scale_D)),
           gate_FxR)
   return score, statistics, *(a[None] for a in tokens)
@@ -226,7 +229,7 @@ def _predict_and_accumulate(select, up_activation, x_1xD, gate_FxR, up_FxU,
   scratch = gpu_rows.scratch(
       1, TILE, 1, _rows_bytes_of_one(gpu_rows.widths(shapes)), shapes)
   return _kernel(
-      body, out, tiles, 1, 1, gate=gpu_scores.scratch(1, gate_FxR.shape[1]),
+      body, out, tiles, 1, 1, gate=gpu_scores.scratch(gate_FxR.shape[1]),
       **scratch)(
           x_1xD, x_1xD.reshape(1, -1, COLUMNS), gate_FxR, *rows.values())
 

@@ -26,7 +26,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
-from sparse_lm.kernels.sparse_ffn.gpu_scores import whole_eights
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  Select, StatisticalTopk,
                                                  linear)
@@ -332,7 +331,7 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`, for at most 64 tokens."""
   tokens = x_BxD.shape[0]
-  more = (0, whole_eights(tokens) - tokens), (0, 0)  # A copy is of eights.
+  more = (0, -tokens % 8), (0, 0)  # A copy is of eights.
   x_NxD = jnp.pad(x_BxD, more)
   score_NxF, statistics = _scores(x_NxD, gate_FxR, up_FxU, down_FxD)
   if not isinstance(select, (Elementwise, StatisticalTopk)):

@@ -12,17 +12,19 @@ from sparse_lm.kernels.sparse_ffn.select import StatisticalTopk
 
 # Neurons of a tile: the rows of the smallest tensor core product.
 TILE = 64
+# Tokens of a product, fewer being filled up: the tensor cores' least.
+TOKENS = 8
 # Columns of the gate, and of x, in one copy; four swizzled tiles of 128 bytes.
 CHUNK = 256
 # Chunks of the gate on their way, of 32 KB.
 _COPIES = 2
-# Of shared memory for one token, or up to eight.
-BYTES = 2 * _COPIES * (TILE + 8) * CHUNK + 4 * TILE * 8
+# Of shared memory.
+BYTES = 2 * _COPIES * (TILE + TOKENS) * CHUNK + 4 * TILE * TOKENS
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 # Of (8, 256): 64 columns a warp, four rows at a time.
 _EIGHT = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, CHUNK), (4, 64), (8,))), warp_dims=(-4,),
+    plgpu.Tiling(((TOKENS, CHUNK), (4, 64), (8,))), warp_dims=(-4,),
     lane_dims=(-3, -2), vector_dim=-1)
 # Of a vector, 32 numbers or a multiple, lane by lane; every warp has them all.
 LANES = plgpu.Layout.TILED(
@@ -30,29 +32,23 @@ LANES = plgpu.Layout.TILED(
     lane_dims=(-2,), vector_dim=-1)
 
 
-def scratch(tokens: int, width: int, added: bool = False) -> dict:
-  """Shared memory of `multiply_gate`, for so many tokens of R dims.
+def scratch(width: int, added: bool = False) -> dict:
+  """Shared memory of `multiply_gate`, for gates of R dims.
 
   Args:
-    tokens: B.
     width: R.
     added: whether the block makes x itself, whole; it copies chunks otherwise.
   """
-  chunks, n = width // CHUNK, whole_eights(tokens)
+  chunks = width // CHUNK
   copies = min(_COPIES, chunks)
   return dict(
-      x_smem=plgpu.SMEM((chunks if added else copies, n, CHUNK), jnp.bfloat16,
-                        transforms=_SWIZZLED),
+      x_smem=plgpu.SMEM((chunks if added else copies, TOKENS, CHUNK),
+                        jnp.bfloat16, transforms=_SWIZZLED),
       gate_smem=plgpu.SMEM((copies, TILE, CHUNK), jnp.bfloat16,
                            transforms=_SWIZZLED),
-      score_smem=plgpu.SMEM((TILE, n), jnp.float32),
+      score_smem=plgpu.SMEM((TILE, TOKENS), jnp.float32),
       chunk_barriers=plgpu.Barrier(num_arrivals=1 if added else 2,
                                    num_barriers=copies))
-
-
-def whole_eights(tokens: int) -> int:
-  """Tokens and what fills the last eight: the tensor cores' least."""
-  return 8 * pl.cdiv(tokens, 8)
 
 
 def multiply_gate(tile, get_x, gate_gmem, *, x_smem, gate_smem, score_smem,
@@ -66,12 +62,12 @@ def multiply_gate(tile, get_x, gate_gmem, *, x_smem, gate_smem, score_smem,
     gate_gmem: the gate (F, R).
     x_smem: chunks of x's columns.
     gate_smem: chunks of the tile's columns.
-    score_smem: written, (64, n), n being the tokens in whole eights.
+    score_smem: written, (64, 8).
     chunk_barriers: when the chunks are there.
   """
   rows = pl.ds(tile * TILE, TILE)
   # Those beyond the tokens become 0. Literal bounds would be checked: 0 * tile.
-  tokens = pl.ds(0 * tile, x_smem.shape[1])
+  tokens = pl.ds(0 * tile, TOKENS)
   chunks, copies = gate_gmem.shape[1] // CHUNK, gate_smem.shape[0]
   copied = [(gate_gmem, rows, gate_smem)]
   if not callable(get_x):
