@@ -25,14 +25,12 @@ from sparse_lm.kernels.token_attention import (
     KEYS, OWN, WARPS, Place, block_sync, join, join_memory, kernel,
     make_bounds, own_keys, turn_rows)
 
-# Rounds of first parts that are on their way, where not all fit.
-_STAGES = 2
 # Rounds up to which all is copied, before it is known which keys are visible
 # and kept: the wait for that takes longer.
 _EAGER_ROUNDS = 2
-# Bytes of shared memory that scores and lists may fill: the rest, of 227 KB, is
-# for copies and sums.
-_SCORES = 50 * 1024
+# Bytes of shared memory that first parts, scores and lists may fill: the rest,
+# of 227 KB, is for values and sums.
+_FIRST_PARTS = 90 * 1024
 
 
 def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
@@ -59,12 +57,18 @@ def _rounds(slots: int, cluster: int) -> int:
 def _cluster_size(heads: int, slots: int, group: int) -> int | None:
   """How many blocks share a head; None where no number has the memory."""
   size = token_attention.cluster_size(heads, slots)
-  span = token_attention.span()
   while size <= token_attention.CLUSTER:
-    if _rounds(slots, size) * span * (group + 1) * 4 <= _SCORES:
+    if _stages(_rounds(slots, size), group) >= BATCHES:
       return size
     size *= 2
   return None
+
+
+def _stages(rounds: int, group: int) -> int:
+  """How many rounds' first parts have a place at a time."""
+  span = token_attention.span()
+  left = _FIRST_PARTS - rounds * span * (group + 1) * 4
+  return min(rounds, left // (span * PART * 2))
 
 
 def _scratch(group: int, slots: int, cluster: int) -> dict:
@@ -86,10 +90,11 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
         key1_smem=rows(rounds, PART), key2_smem=rows(rounds, PART),
         value_smem=rows(rounds, WIDTH), second_smem=score,
         key1_barrier=barrier(1, rounds), rest_barrier=barrier(1, 2 * rounds))
+  stages = _stages(rounds, group)
   return shared | dict(
-      key1_smem=rows(_STAGES, PART), value_smem=rows(BATCHES, WIDTH),
+      key1_smem=rows(stages, PART), value_smem=rows(BATCHES, WIDTH),
       list_smem=plgpu.SMEM((parts, rounds * OWN), jnp.int32), picked_smem=two,
-      key1_barrier=barrier(_STAGES, 1),
+      key1_barrier=barrier(stages, 1),
       rest_barrier=barrier(BATCHES, 2 * OWN))
 
 
@@ -108,10 +113,10 @@ def _attend(heads, cluster, group, write, softcap, *refs, **scratch) -> None:
   """
   at, m = Place(heads, cluster), Memory(*refs, **scratch)
   mine = Warpgroup(at, m, write, softcap)
-  if mine.eager:
+  if mine.all_fit:
     mine.start_copies(*at.rounds(0, m.key1_gmem.shape[1] * OWN))
   mine.see()
-  if not mine.eager:
+  if not mine.all_fit:
     mine.start_copies(*at.rounds(mine.start, mine.end))
   turn_rows(at, group, [PART, WIDTH - PART], m.rows_gmem,
             m.rotary_gmem if write else None, m.rows_smem)

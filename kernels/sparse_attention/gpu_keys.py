@@ -98,7 +98,8 @@ class Warpgroup:
   Attributes:
     eager: whether all keys are copied at once.
     stages: how many rounds' first parts have a place.
-    first: of the rounds.
+    all_fit: whether all have: none is waited for, visible or not.
+    first: of the rounds that are scored.
     last: the one after the last.
     start: the row's first visible slot.
     end: the one after the last.
@@ -111,6 +112,7 @@ class Warpgroup:
   def __init__(self, at: Place, m: Memory, write: bool, softcap: float):
     self.at, self.m, self.write, self.softcap = at, m, write, softcap
     self.eager, self.stages = m.list_smem is None, m.key1_smem.shape[1]
+    self.all_fit = self.stages * WARPS == m.score_smem.shape[2]
     self.queries = range(m.score_smem.shape[0])
     newest, value = (m.rows_smem.at[len(self.queries) + i] for i in (0, 1))
     key2_smem = m.key2_smem if self.eager else m.key1_smem
@@ -286,22 +288,36 @@ class Warpgroup:
 
       return lax.while_loop(lambda state: state[0] != 0, put, (bits, count))[1]
 
-    return lax.fori_loop(self.first // 2, (self.last + 1) // 2, add, 0)
+    first, last = at.rounds(self.start, self.end)
+    return lax.fori_loop(first // 2, (last + 1) // 2, add, 0)
 
   def ask(self, batch, count) -> None:
-    """Starts the copies of 16 listed keys, the last one's more than once."""
+    """Starts the copies of up to 16 listed keys, which the warps take in turn.
+    """
     at, m, place = self.at, self.m, batch % BATCHES
-    for i in range(OWN):
-      key = m.list_smem[at.part, jnp.minimum(batch * OWN + i, count - 1)]
-      row, column, to = key // KEYS, key % KEYS, (i // KEYS, i % KEYS)
-      for gmem, smem, _ in self.rest:
-        plgpu.copy_gmem_to_smem(
-            gmem.at[at.head, at.sixteen(key // OWN), row % WARPS, column],
-            smem.at[at.part, place, *to],
-            m.rest_barrier.at[at.part * BATCHES + place])
-      for g in self.queries:
-        m.picked_smem[place, at.part, g, *to] = m.score_smem[
-            g, at.part, row, column]
+    barrier = m.rest_barrier.at[at.part * BATCHES + place]
+
+    @plgpu.warp_map
+    def _(warp):
+      def copy(listed, to):
+        key = m.list_smem[at.part, listed]
+        row, column = key // KEYS, key % KEYS
+        for gmem, smem, _ in self.rest:
+          plgpu.copy_gmem_to_smem(
+              gmem.at[at.head, at.sixteen(key // OWN), row % WARPS, column],
+              smem.at[at.part, place, *to], barrier)
+        for g in self.queries:
+          m.picked_smem[place, at.part, g, *to] = m.score_smem[
+              g, at.part, row, column]
+
+      def copy_nothing():  # The barrier counts whole batches.
+        for _ in self.rest:
+          plgpu.barrier_arrive(barrier)
+
+      for i in range(KEYS):
+        listed = batch * OWN + i * WARPS + warp
+        pl.when(listed < count)(functools.partial(copy, listed, (warp, i)))
+        pl.when(listed >= count)(copy_nothing)
 
   def add_batch(self, batch, count, sums):
     """Adds 16 listed keys."""
@@ -318,7 +334,7 @@ class Warpgroup:
 
       @pl.when((left <= OWN) & (slot == self.newest))
       def _():
-        to = (left - 1) // KEYS, (left - 1) % KEYS
+        to = (left - 1) % WARPS, (left - 1) // WARPS
         for _, smem, newest in self.rest:
           store_row(newest, smem.at[at.part, place, *to])
         plgpu.commit_smem()
@@ -327,7 +343,7 @@ class Warpgroup:
         plgpu.broadcasted_iota(jnp.int32, (WARPS, KEYS), axis,
                                layout=BY_KEY.reduce(2)) for axis in (0, 1))
     return self.add(
-        batch, warp * KEYS + key < left,
+        batch, key * WARPS + warp < left,
         lambda g: m.picked_smem.at[place, at.part, g],
         lambda g: _softplus(products(m.key1_smem.at[at.part, place],
                                      m.rows_smem.at[g, _SECOND])),

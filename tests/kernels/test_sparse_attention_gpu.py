@@ -58,13 +58,16 @@ def close(y, expected):
   return error <= 4e-3 * np.linalg.norm(expected)
 
 
-# Keys are copied once it is known that they are wanted, or before.
-LAZY, EAGER = 1, 2
+# Keys are copied once it is known that they are wanted, but for first parts
+# where all have a place; or all are copied before. Blocks, and bytes.
+TIGHT, LAZY, EAGER = (1, 20 * 1024), (1, 90 * 1024), (2, 90 * 1024)
 
 
-@pytest.fixture(params=[LAZY, EAGER], ids=["lazy", "eager"])
+@pytest.fixture(params=[TIGHT, LAZY, EAGER], ids=["tight", "lazy", "eager"])
 def cluster(request, monkeypatch):
-  monkeypatch.setattr(gpu, "_cluster_size", lambda *_: request.param)
+  size, first_parts = request.param
+  monkeypatch.setattr(gpu, "_cluster_size", lambda *_: size)
+  monkeypatch.setattr(gpu, "_FIRST_PARTS", first_parts)
   gpu._call.clear_cache()
   yield
   gpu._call.clear_cache()
@@ -73,7 +76,7 @@ def cluster(request, monkeypatch):
 @interpreted
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("cluster, window, top_k, logit_softcap", [
-    (LAZY, EVERYTHING, 12, 0.0), (LAZY, 40, 12, 2.0), (EAGER, 40, 12, 2.0),
+    (LAZY, EVERYTHING, 12, 0.0), (TIGHT, 40, 12, 2.0), (EAGER, 40, 12, 2.0),
     # The best alone, and all.
     (EAGER, EVERYTHING, 1, 0.0), (LAZY, 100, 1000, 50.0),
     (EAGER, 100, 1000, 50.0),
