@@ -146,9 +146,11 @@ class Place:
     return (slot >= start) & (slot < end)
 
 
-def turn_rows(at: Place, group: int, widths, rows_gmem, rotary_gmem, rows_smem
-              ) -> None:
-  """Turns the head's queries and its newest key; puts the value beside them.
+def fetch_rows(at: Place, group: int, widths, rows_gmem, rotary_gmem
+               ) -> Callable:
+  """Asks for the head's queries and its newest key and value, a row each.
+
+  They take long to come: what is called meanwhile should not need them.
 
   Args:
     at: the warpgroup's place.
@@ -158,38 +160,60 @@ def turn_rows(at: Place, group: int, widths, rows_gmem, rotary_gmem, rows_smem
       keys and values.
     rotary_gmem: (B, 2, E / 2), cosine and sine of each pair's angle, first
       part's and second's; None: the queries have been turned.
-    rows_smem: written, (G + 2, E), or (G, E).
+
+  Returns:
+    What turns queries and key, and puts all in shared memory, as `rows_memory`
+    makes it.
   """
-  rows = [at.of_row * group + g for g in range(group)]
-  if rotary_gmem is not None:
-    rows += [at.heads * (group + i) + at.of_row for i in (0, 1)]
+  count = group if rotary_gmem is None else group + 2
+  halves = [(sum(widths[:n]) + half * (width // 2), width // 2)
+            for n, width in enumerate(widths) for half in (0, 1)]
 
   def get(ref, first, width):
     return mosaic_gpu.load(ref.at[pl.ds(first, width)], _ROW, optimized=False)
 
-  def turned(row, first, half):
-    a, b = (get(row, first + i * half, half).astype(jnp.float32)
-            for i in (0, 1))
-    cos, sin = (get(rotary_gmem.at[at.row, i], first // 2, half)
-                for i in (0, 1))
-    return a * cos - b * sin, b * cos + a * sin
+  def fetch(i):
+    # The last one's more than once.
+    i = jnp.minimum(i, count - 1)
+    row = jnp.where(i < group, at.of_row * group + i, at.heads * i + at.of_row)
+    return [get(rows_gmem.at[at.row, row], *half) for half in halves]
 
-  def move(i):
-    row = rows_gmem.at[at.row, rows[i]]
-    if rotary_gmem is None or i > group:
-      mosaic_gpu.store(rows_smem.at[i], get(row, 0, sum(widths)))
-      return
-    firsts = [sum(widths[:n]) for n in range(len(widths))]
-    # All is on its way before the first is needed.
-    parts = [turned(row, *x) for x in zip(firsts, (w // 2 for w in widths))]
-    for first, halves in zip(firsts, parts):
-      for n, x in enumerate(halves):
-        mosaic_gpu.store(
-            rows_smem.at[i, pl.ds(first + n * x.shape[0], x.shape[0])],
-            x.astype(rows_smem.dtype))
+  mine = [first + at.part for first in range(0, count, PARTS)]
+  rows, rotary = [fetch(i) for i in mine], []
+  if rotary_gmem is not None:
+    rotary = [[get(rotary_gmem.at[at.row, i], first // 2, width)
+               for i in (0, 1)] for first, width in halves[::2]]
 
-  for i in range(len(rows)):
-    pl.when(at.part == i % PARTS)(functools.partial(move, i))
+  def turned(i, row):
+    row = [x.astype(jnp.float32) for x in row]
+    for n, (cos, sin) in enumerate(rotary):
+      a, b = row[2 * n:2 * n + 2]
+      for half, x in (0, a * cos - b * sin), (1, b * cos + a * sin):
+        row[2 * n + half] = jnp.where(i > group, row[2 * n + half], x)
+    return [x.astype(jnp.bfloat16) for x in row]
+
+  def put(ref, row):
+    for (first, width), x in zip(halves, row):
+      mosaic_gpu.store(ref.at[pl.ds(first, width)], x.astype(ref.dtype))
+
+  def put_all(query_smem, newest_smem):
+    for i, row in zip(mine, rows):
+      row = turned(i, row)
+      pl.when(i < group)(lambda i=i, row=row: put(query_smem.at[i], row))
+      if rotary:
+        pl.when((i >= group) & (i < count))(
+            lambda i=i, row=row: put(newest_smem.at[i - group], row))
+
+  return put_all
+
+
+def rows_memory(group: int, width: int) -> dict:
+  """Shared memory of queries, and of the newest key and value.
+
+  Queries are in float32: each warp multiplies by them, each round.
+  """
+  return dict(query_smem=plgpu.SMEM((group, width), jnp.float32),
+              newest_smem=plgpu.SMEM((2, width), jnp.bfloat16))
 
 
 def store_row(row_smem, *refs) -> None:
@@ -210,7 +234,7 @@ def products(key_smem, query_smem) -> jax.Array:
     columns = pl.ds(first, 64)
     key = mosaic_gpu.load(key_smem.at[:, :, columns], BY_KEY)
     query = mosaic_gpu.load(query_smem.at[columns], BY_KEY.reduce((0, 1)),
-                            optimized=False).astype(jnp.float32)
+                            optimized=False)
     product = key.astype(jnp.float32) * spread(query, key.shape, (2,), BY_KEY)
     total = product if total is None else total + product
   return total.sum(2) * width ** -0.5
@@ -328,7 +352,7 @@ def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
         [m.sum_gmem.at[at.head, i, g] for i in (0, 1)], rescale)
     finish(g, first, total, *both)
 
-  _share(at.block * PARTS + at.part, PARTS * at.cluster, len(totals), width,
+  _share(at.part * at.cluster + at.block, PARTS * at.cluster, len(totals), width,
          result)
 
 

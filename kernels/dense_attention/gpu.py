@@ -17,9 +17,9 @@ import numpy as np
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
-    BY_COLUMN, BY_KEY, KEYS, OWN, WARPS, Place, add_values,
-    block_sync, capped, cluster_size, join, join_memory, kernel, make_bounds,
-    no_values, own_keys, products, spread, store_row, turn_rows)
+    BY_COLUMN, BY_KEY, KEYS, OWN, WARPS, Place, add_values, block_sync, capped,
+    cluster_size, fetch_rows, join, join_memory, kernel, make_bounds, no_values,
+    own_keys, products, rows_memory, spread, store_row)
 
 # Copies of a warpgroup that are on their way.
 _STAGES = 2
@@ -41,14 +41,15 @@ class _Memory:
 
   Attributes:
     bounds_gmem: as `make_bounds` makes them.
-    rows_gmem: as `turn_rows` has it.
+    rows_gmem: as `fetch_rows` has it.
     rotary_gmem: likewise.
     key_gmem: (heads, S / 16, 4, 4, E).
     value_gmem: likewise.
     part_gmem: as `join_memory` has it, like all whose names are there.
     sum_gmem: likewise.
     y_gmem: written, (heads, G, E).
-    rows_smem: as `turn_rows` has it.
+    query_smem: as `rows_memory` makes it.
+    newest_smem: likewise.
     key_smem: each warpgroup's keys, of some rounds.
     value_smem: their values.
     weight_smem: their weights, of two rounds; below 0 where none is visible.
@@ -65,7 +66,8 @@ class _Memory:
   part_gmem: jax.Array
   sum_gmem: jax.Array
   y_gmem: jax.Array
-  rows_smem: jax.Array
+  query_smem: jax.Array
+  newest_smem: jax.Array
   key_smem: jax.Array
   value_smem: jax.Array
   weight_smem: jax.Array
@@ -83,8 +85,7 @@ def _scratch(group: int, width: int) -> dict:
   parts = token_attention.PARTS
   rows = plgpu.SMEM((parts, _STAGES, WARPS, KEYS, width), jnp.bfloat16)
   barrier = plgpu.Barrier(num_barriers=parts * _STAGES)
-  return dict(
-      rows_smem=plgpu.SMEM((group + 2, width), jnp.bfloat16),
+  return rows_memory(group, width) | dict(
       key_smem=rows, value_smem=rows,
       weight_smem=plgpu.SMEM((2, parts, group, WARPS, KEYS), jnp.float32),
       scale_smem=plgpu.SMEM((2, parts, group, WARPS), jnp.float32),
@@ -96,18 +97,20 @@ class _Warpgroup:
 
   def __init__(self, at: Place, m: _Memory, group: int, softcap: float):
     self.at, self.m, self.group, self.softcap = at, m, group, softcap
-    self.keys = m.key_gmem, m.key_smem, m.key_barrier
-    self.values = m.value_gmem, m.value_smem, m.value_barrier
+    # Where rows are, where they are copied to, and the newest.
+    self.keys = m.key_gmem, m.key_smem, m.key_barrier, m.newest_smem.at[0]
+    self.values = (m.value_gmem, m.value_smem, m.value_barrier,
+                   m.newest_smem.at[1])
 
   def copy(self, i) -> None:
     """Starts the copies of round `i`."""
     at, stage = self.at, i % _STAGES
-    for gmem, smem, barrier in self.keys, self.values:
+    for gmem, smem, barrier, _ in self.keys, self.values:
       plgpu.copy_gmem_to_smem(
           gmem.at[at.head, at.sixteen(i)], smem.at[at.part, stage],
           barrier.at[at.part * _STAGES + stage])
 
-  def wait(self, i, newest, row: int, gmem, smem, barrier) -> None:
+  def wait(self, i, newest, gmem, smem, barrier, row_smem) -> None:
     """Waits for a copy, and writes the newest row if it is one of these."""
     at, stage = self.at, i % _STAGES
     plgpu.barrier_wait(barrier.at[at.part * _STAGES + stage])
@@ -115,7 +118,7 @@ class _Warpgroup:
     @pl.when(newest // OWN == at.sixteen(i))
     def _():
       slot = newest // KEYS % WARPS, newest % KEYS
-      store_row(self.m.rows_smem.at[row], smem.at[at.part, stage, *slot],
+      store_row(row_smem, smem.at[at.part, stage, *slot],
                 gmem.at[at.head, newest // OWN, *slot])
       plgpu.commit_smem()
 
@@ -132,7 +135,7 @@ class _Warpgroup:
     """Leaves a query's weights; returns its maxima and divisors."""
     at, m = self.at, self.m
     logit = capped(products(m.key_smem.at[at.part, i % _STAGES],
-                            m.rows_smem.at[g]), self.softcap)
+                            m.query_smem.at[g]), self.softcap)
     greatest = jnp.maximum(
         best, jnp.max(jnp.where(seen, logit, _LOWEST), axis=1))
     weight = jnp.exp(logit - spread(greatest, logit.shape, (0,),
@@ -151,7 +154,7 @@ class _Warpgroup:
   def add(self, i, sums, first, last, start, end, newest):
     """Adds the keys of round `i` to the sums."""
     at, m, queries = self.at, self.m, range(self.group)
-    self.wait(i, newest, self.group, *self.keys)
+    self.wait(i, newest, *self.keys)
     seen = at.seen(i, start, end)
     bests, divisors = zip(*(self.weigh(i, seen, sums[0][g], sums[1][g], g)
                             for g in queries))
@@ -159,7 +162,7 @@ class _Warpgroup:
     # By now no warp reads what the round before has read.
     pl.when((i > first) & (i + _STAGES - 1 < last))(
         lambda: self.copy(i + _STAGES - 1))
-    self.wait(i, newest, self.group + 1, *self.values)
+    self.wait(i, newest, *self.values)
     totals = add_values([self.scaled(i, sums[2][g], g) for g in queries],
                         m.weight_smem.at[i % 2, at.part],
                         m.value_smem.at[at.part, i % _STAGES])
@@ -184,19 +187,13 @@ def _attend(heads, cluster, group, softcap, *refs, **scratch) -> None:
   # wait for that takes longer.
   eager = slots <= _STAGES * cluster * token_attention.span()
 
-  def copy(first, last):
-    for i in range(_STAGES):
-      pl.when(first + i < last)(lambda i=i: mine.copy(first + i))
-
-  if eager:
-    first, last = at.rounds(0, slots)
-    copy(first, last)
+  put_rows = fetch_rows(at, group, [m.y_gmem.shape[-1]], m.rows_gmem,
+                        m.rotary_gmem)
   start, end, newest = (m.bounds_gmem[at.row, i] for i in range(3))
-  if not eager:
-    first, last = at.rounds(start, end)
-    copy(first, last)
-  turn_rows(at, group, [m.y_gmem.shape[-1]], m.rows_gmem, m.rotary_gmem,
-            m.rows_smem)
+  first, last = at.rounds(0, slots) if eager else at.rounds(start, end)
+  for i in range(_STAGES):
+    pl.when(first + i < last)(lambda i=i: mine.copy(first + i))
+  put_rows(m.query_smem, m.newest_smem)
   block_sync(m.block_barrier)
   bests, divisors, totals = lax.fori_loop(
       first, last, lambda i, sums: mine.add(i, sums, first, last, start, end,

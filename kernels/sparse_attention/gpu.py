@@ -22,12 +22,12 @@ from sparse_lm.kernels.sparse_attention.gpu_keys import (
 from sparse_lm.kernels.sparse_attention.predictor import quantiles
 from sparse_lm.kernels.sparse_attention.statistics import state_shape
 from sparse_lm.kernels.token_attention import (
-    KEYS, OWN, WARPS, Place, block_sync, join, join_memory, kernel,
-    make_bounds, own_keys, turn_rows)
+    KEYS, OWN, WARPS, Place, block_sync, fetch_rows, join, join_memory, kernel,
+    make_bounds, own_keys, rows_memory)
 
 # Rounds up to which all is copied, before it is known which keys are visible
-# and kept: the wait for that takes longer.
-_EAGER_ROUNDS = 2
+# and kept: the wait for that takes longer. For more queries it does not fit.
+_EAGER_ROUNDS, _EAGER_QUERIES = 2, 4
 # Bytes of shared memory that first parts, scores and lists may fill: the rest,
 # of 227 KB, is for values and sums.
 _FIRST_PARTS = 90 * 1024
@@ -83,9 +83,8 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
 
   score = plgpu.SMEM((group, parts, rounds * WARPS, KEYS), jnp.float32)
   two = plgpu.SMEM((2, parts, group, WARPS, KEYS), jnp.float32)
-  shared = dict(rows_smem=plgpu.SMEM((group + 2, WIDTH), jnp.bfloat16),
-                score_smem=score, weight_smem=two)
-  if rounds <= _EAGER_ROUNDS:
+  shared = rows_memory(group, WIDTH) | dict(score_smem=score, weight_smem=two)
+  if rounds <= _EAGER_ROUNDS and group <= _EAGER_QUERIES:
     return shared | dict(
         key1_smem=rows(rounds, PART), key2_smem=rows(rounds, PART),
         value_smem=rows(rounds, WIDTH), second_smem=score,
@@ -113,13 +112,11 @@ def _attend(heads, cluster, group, write, softcap, *refs, **scratch) -> None:
   """
   at, m = Place(heads, cluster), Memory(*refs, **scratch)
   mine = Warpgroup(at, m, write, softcap)
-  if mine.all_fit:
-    mine.start_copies(*at.rounds(0, m.key1_gmem.shape[1] * OWN))
+  put_rows = fetch_rows(at, group, [PART, WIDTH - PART], m.rows_gmem,
+                        m.rotary_gmem if write else None)
   mine.see()
-  if not mine.all_fit:
-    mine.start_copies(*at.rounds(mine.start, mine.end))
-  turn_rows(at, group, [PART, WIDTH - PART], m.rows_gmem,
-            m.rotary_gmem if write else None, m.rows_smem)
+  mine.start_copies()
+  put_rows(m.query_smem, m.newest_smem)
   block_sync(m.block_barrier)
   mine.score_all()
   block_sync(m.block_barrier)
@@ -144,7 +141,7 @@ def _call(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
 
   Args:
     write: as `_attend` has it.
-    rows_BxRxE: as `turn_rows` has them.
+    rows_BxRxE: as `fetch_rows` has them.
     rotary_Bx2xT: likewise.
     caches: first parts, second parts and values, each (B, K, S, width).
     bounds_Bx3: as `make_bounds` makes it.

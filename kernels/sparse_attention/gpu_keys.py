@@ -30,7 +30,7 @@ class Memory:
   Attributes:
     bounds_gmem: as `make_bounds` makes them.
     quantile_gmem: each row's, (B,).
-    rows_gmem: as `turn_rows` has it.
+    rows_gmem: as `fetch_rows` has it.
     rotary_gmem: likewise.
     key1_gmem: (heads, S / 16, 4, 4, P).
     key2_gmem: (heads, S / 16, 4, 4, U).
@@ -40,7 +40,8 @@ class Memory:
     sum_gmem: likewise.
     y_gmem: written, (heads, G, E).
     count_gmem: written, (heads, G), int32.
-    rows_smem: as `turn_rows` has it.
+    query_smem: as `rows_memory` makes it.
+    newest_smem: likewise.
     score_smem: as `leave_statistics` has it.
     weight_smem: weights of 16 keys of each warpgroup, of two rounds; below 0
       where a key is not kept.
@@ -67,7 +68,8 @@ class Memory:
   sum_gmem: jax.Array
   y_gmem: jax.Array
   count_gmem: jax.Array
-  rows_smem: jax.Array
+  query_smem: jax.Array
+  newest_smem: jax.Array
   score_smem: jax.Array
   weight_smem: jax.Array
   key1_smem: jax.Array
@@ -114,19 +116,12 @@ class Warpgroup:
     self.eager, self.stages = m.list_smem is None, m.key1_smem.shape[1]
     self.all_fit = self.stages * WARPS == m.score_smem.shape[2]
     self.queries = range(m.score_smem.shape[0])
-    newest, value = (m.rows_smem.at[len(self.queries) + i] for i in (0, 1))
+    newest, value = m.newest_smem.at[0], m.newest_smem.at[1]
     key2_smem = m.key2_smem if self.eager else m.key1_smem
     # Where rows are, where they are copied to, and the newest.
     self.first_parts = m.key1_gmem, m.key1_smem, newest.at[_FIRST]
     self.rest = [(m.key2_gmem, key2_smem, newest.at[_SECOND]),
                  (m.value_gmem, m.value_smem, value)]
-
-  def start_copies(self, first, last) -> None:
-    self.first, self.last = first, last
-    for i in range(self.stages):
-      pl.when(first + i < last)(lambda i=i: self.copy(first + i))
-      if self.eager:
-        pl.when(first + i >= last)(self.copy_nothing)
 
   def see(self) -> None:
     """Reads what is visible, and what is to be kept."""
@@ -134,6 +129,16 @@ class Warpgroup:
     self.start, self.end, self.newest = (m.bounds_gmem[row, i]
                                          for i in range(3))
     self.quantile = m.quantile_gmem[row]
+
+  def start_copies(self) -> None:
+    """Starts copies of as many rounds as have a place."""
+    at, slots = self.at, self.m.key1_gmem.shape[1] * OWN
+    visible = (0, slots) if self.all_fit else (self.start, self.end)
+    self.first, self.last = at.rounds(*visible)
+    for i in range(self.stages):
+      pl.when(self.first + i < self.last)(lambda i=i: self.copy(self.first + i))
+      if self.eager:
+        pl.when(self.first + i >= self.last)(self.copy_nothing)
 
   def copy(self, i) -> None:
     """Starts the copies of round `i`."""
@@ -199,7 +204,7 @@ class Warpgroup:
     for g in self.queries:
       mosaic_gpu.store(
           m.score_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)],
-          products(m.key1_smem.at[at.part, stage], m.rows_smem.at[g, _FIRST]))
+          products(m.key1_smem.at[at.part, stage], m.query_smem.at[g, _FIRST]))
     if not self.eager:
       plgpu.commit_smem()
       pl.when(i + self.stages < self.last)(lambda: self.copy(i + self.stages))
@@ -209,7 +214,7 @@ class Warpgroup:
     at, m = self.at, self.m
     self.write_newest(i, *self.rest)
     for g in self.queries:
-      x = products(m.key2_smem.at[at.part, i], m.rows_smem.at[g, _SECOND])
+      x = products(m.key2_smem.at[at.part, i], m.query_smem.at[g, _SECOND])
       mosaic_gpu.store(m.second_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)],
                        _softplus(x))
 
@@ -346,7 +351,7 @@ class Warpgroup:
         batch, key * WARPS + warp < left,
         lambda g: m.picked_smem.at[place, at.part, g],
         lambda g: _softplus(products(m.key1_smem.at[at.part, place],
-                                     m.rows_smem.at[g, _SECOND])),
+                                     m.query_smem.at[g, _SECOND])),
         place, sums)
 
   def mix(self):
