@@ -83,7 +83,9 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
 
   score = plgpu.SMEM((group, parts, rounds * WARPS, KEYS), jnp.float32)
   two = plgpu.SMEM((2, parts, group, WARPS, KEYS), jnp.float32)
-  shared = rows_memory(group, WIDTH) | dict(score_smem=score, weight_smem=two)
+  one = plgpu.SMEM((group,), jnp.float32)
+  shared = rows_memory(group, WIDTH) | dict(
+      score_smem=score, least_smem=one, best_smem=one, weight_smem=two)
   if rounds <= _EAGER_ROUNDS and group <= _EAGER_QUERIES:
     return shared | dict(
         key1_smem=rows(rounds, PART), key2_smem=rows(rounds, PART),

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_attention.statistics import (
-    ROWS, lanes, leave_statistics, seen_rows, thresholds, total)
+    ROWS, by_query, lanes, leave_statistics, seen_rows, threshold, total)
 from sparse_lm.kernels.token_attention import (
-    BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, capped, no_values,
-    products, store_row)
+    BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, block_sync, capped,
+    no_values, products, store_row)
 
 # Width of both parts of a key, and of a value.
 PART, WIDTH = 128, 256
@@ -43,6 +43,8 @@ class Memory:
     query_smem: as `rows_memory` makes it.
     newest_smem: likewise.
     score_smem: as `leave_statistics` has it.
+    least_smem: of each query's kept scores.
+    best_smem: of each query's, capped.
     weight_smem: weights of 16 keys of each warpgroup, of two rounds; below 0
       where a key is not kept.
     key1_smem: first parts, 16 of each warpgroup a stage. At last second parts
@@ -71,6 +73,8 @@ class Memory:
   query_smem: jax.Array
   newest_smem: jax.Array
   score_smem: jax.Array
+  least_smem: jax.Array
+  best_smem: jax.Array
   weight_smem: jax.Array
   key1_smem: jax.Array
   value_smem: jax.Array
@@ -228,9 +232,16 @@ class Warpgroup:
     leave_statistics(at, m.score_smem, m.state_gmem, *rows, self.start,
                      self.end)
     mosaic_gpu.cluster_sync(m.cluster_barrier, self.second_all)
-    self.least, best = zip(*thresholds(at, m.state_gmem, self.quantile,
-                                       self.start, self.end))
-    self.best = [capped(x, self.softcap) for x in best]
+
+    def find(g):
+      least, best = threshold(at, m.state_gmem, g, self.quantile, self.start,
+                              self.end)
+      m.least_smem[g], m.best_smem[g] = least, capped(best, self.softcap)
+
+    by_query(at, len(self.queries), find)
+    block_sync(m.block_barrier)
+    self.least, self.best = ([ref[g] for g in self.queries]
+                             for ref in (m.least_smem, m.best_smem))
 
   def kept(self, score, seen, g: int) -> jax.Array:
     """1 for keys that a query keeps: those of NaN, and all where `least` is."""

@@ -5,6 +5,9 @@ its first round, then of its next. They are read 8 rows at a time, a
 number a lane.
 """
 
+from collections.abc import Callable
+import functools
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
@@ -48,6 +51,12 @@ def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
   sixteen = before * at.cluster + at.block
   slot = sixteen * OWN + row % WARPS * KEYS + key
   return (slot >= start) & (slot < end)
+
+
+def by_query(at: Place, queries: int, do: Callable[[int], None]) -> None:
+  """Calls `do` with each query, the block's warpgroups in turn."""
+  for g in range(queries):
+    pl.when(at.part == g % token_attention.PARTS)(functools.partial(do, g))
 
 
 def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
@@ -95,42 +104,32 @@ def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
                  (_COUNT, count)):
       state_gmem[at.head, g, i, at.block // KEYS, at.block % KEYS] = x
 
-  for g in range(score_smem.shape[0]):
-    pl.when(at.part == g % token_attention.PARTS)(lambda g=g: query(g))
+  by_query(at, score_smem.shape[0], query)
 
 
-def thresholds(at: Place, state_gmem, quantile, start, end) -> list[tuple]:
-  """Each query's least kept score and its best one, scalars.
+def threshold(at: Place, state_gmem, g: int, quantile, start, end):
+  """A query's least kept score and its best one, scalars.
 
   Args: as `leave_statistics` has them, and
+    g: the query.
     quantile: of the scores that are not kept; -inf: all are.
   """
-  queries = range(state_gmem.shape[1])
   row, one = lanes((ROWS, KEYS))
   number = (end - start).astype(jnp.float32)
-  # Step by step of all queries: one's sums do not wait for another's.
-  states = [[mosaic_gpu.load(state_gmem.at[at.head, g, i], BY_LANE,
-                             optimized=False)
-             for i in (_MEAN, _SQUARE, _BEST, _COUNT)] for g in queries]
+  mean, square, best, count = (
+      mosaic_gpu.load(state_gmem.at[at.head, g, i], BY_LANE, optimized=False)
+      for i in (_MEAN, _SQUARE, _BEST, _COUNT))
   # The other numbers were never written.
-  there = [(row * KEYS + one < at.cluster) & (state[_COUNT] > 0.0)
-           for state in states]
-  means = [total(jnp.where(seen, count * mean, 0.0)) / number
-           for seen, (mean, _, _, count) in zip(there, states)]
-  bests = [greatest(jnp.where(seen, state[_BEST], -jnp.inf))
-           for seen, state in zip(there, states)]
+  there = (row * KEYS + one < at.cluster) & (count > 0.0)
+  of_all = total(jnp.where(there, count * mean, 0.0)) / number
+  best = greatest(jnp.where(there, best, -jnp.inf))
   # Chan et al., 1979: squared deviations of parts, put together.
-  aparts = [state[_MEAN] - mean for state, mean in zip(states, means)]
-  squares = [total(jnp.where(seen, square + count * apart * apart, 0.0))
-             for seen, apart, (_, square, _, count) in zip(there, aparts,
-                                                           states)]
-
-  def least(mean, square, best):
-    variance = square / number
-    # sqrt(variance): there is rsqrt alone.
-    std = variance * lax.rsqrt(jnp.maximum(variance, 1e-37))
-    # Not of -inf: 0 * -inf is NaN.
-    theta = mean + std * jnp.maximum(quantile, -1e30)
-    return jnp.minimum(jnp.where(quantile > -jnp.inf, theta, -jnp.inf), best)
-
-  return [(least(*x), x[-1]) for x in zip(means, squares, bests)]
+  apart = mean - of_all
+  variance = total(jnp.where(there, square + count * apart * apart, 0.0)
+                   ) / number
+  # sqrt(variance): there is rsqrt alone.
+  std = variance * lax.rsqrt(jnp.maximum(variance, 1e-37))
+  # Not of -inf: 0 * -inf is NaN.
+  theta = of_all + std * jnp.maximum(quantile, -1e30)
+  return jnp.minimum(jnp.where(quantile > -jnp.inf, theta, -jnp.inf),
+                     best), best
