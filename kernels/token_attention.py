@@ -227,17 +227,26 @@ def spread(x: jax.Array, shape, axes, layout) -> jax.Array:
   return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), layout)
 
 
-def products(key_smem, query_smem) -> jax.Array:
-  """Scaled products of (4, 4, columns) with a query, (4, 4) in float32."""
-  width, total = query_smem.shape[0], None
-  for first in range(0, width, 64):
-    columns = pl.ds(first, 64)
-    key = mosaic_gpu.load(key_smem.at[:, :, columns], BY_KEY)
-    query = mosaic_gpu.load(query_smem.at[columns], BY_KEY.reduce((0, 1)),
-                            optimized=False)
-    product = key.astype(jnp.float32) * spread(query, key.shape, (2,), BY_KEY)
-    total = product if total is None else total + product
-  return total.sum(2) * width ** -0.5
+def products(key_smem, query_smem) -> list[jax.Array]:
+  """Scaled products of (4, 4, columns) with each query, (4, 4) in float32.
+
+  Args:
+    key_smem: (4, 4, columns).
+    query_smem: (G, columns).
+  """
+  (queries, width), blocks = query_smem.shape, range(0, key_smem.shape[2], 64)
+  keys = [mosaic_gpu.load(key_smem.at[:, :, pl.ds(first, 64)], BY_KEY
+                          ).astype(jnp.float32) for first in blocks]
+
+  def product(g):
+    parts = [mosaic_gpu.load(query_smem.at[g, pl.ds(first, 64)],
+                             BY_KEY.reduce((0, 1)), optimized=False)
+             for first in blocks]
+    total = sum(key * spread(x, key.shape, (2,), BY_KEY)
+                for key, x in zip(keys, parts))
+    return total.sum(2) * width ** -0.5
+
+  return [product(g) for g in range(queries)]
 
 
 def capped(x, cap: float):
@@ -352,8 +361,9 @@ def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
         [m.sum_gmem.at[at.head, i, g] for i in (0, 1)], rescale)
     finish(g, first, total, *both)
 
-  _share(at.part * at.cluster + at.block, PARTS * at.cluster, len(totals), width,
-         result)
+  # Of different blocks, where there are as many.
+  _share(at.part * at.cluster + at.block, PARTS * at.cluster, len(totals),
+         width, result)
 
 
 def join_memory(heads: int, group: int, width: int, cluster: int):

@@ -131,11 +131,10 @@ class _Warpgroup:
     return (each(_LOWEST), each(0.0),
             no_values(self.group, self.m.y_gmem.shape[-1]))
 
-  def weigh(self, i, seen, best, divisor, g: int):
+  def weigh(self, i, seen, product, best, divisor, g: int):
     """Leaves a query's weights; returns its maxima and divisors."""
     at, m = self.at, self.m
-    logit = capped(products(m.key_smem.at[at.part, i % _STAGES],
-                            m.query_smem.at[g]), self.softcap)
+    logit = capped(product, self.softcap)
     greatest = jnp.maximum(
         best, jnp.max(jnp.where(seen, logit, _LOWEST), axis=1))
     weight = jnp.exp(logit - spread(greatest, logit.shape, (0,),
@@ -156,8 +155,10 @@ class _Warpgroup:
     at, m, queries = self.at, self.m, range(self.group)
     self.wait(i, newest, *self.keys)
     seen = at.seen(i, start, end)
-    bests, divisors = zip(*(self.weigh(i, seen, sums[0][g], sums[1][g], g)
-                            for g in queries))
+    logits = products(m.key_smem.at[at.part, i % _STAGES], m.query_smem)
+    bests, divisors = zip(*(
+        self.weigh(i, seen, logits[g], sums[0][g], sums[1][g], g)
+        for g in queries))
     plgpu.commit_smem()
     # By now no warp reads what the round before has read.
     pl.when((i > first) & (i + _STAGES - 1 < last))(

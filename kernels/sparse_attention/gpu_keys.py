@@ -205,11 +205,10 @@ class Warpgroup:
     # Where all is copied, the rest may still be on its way.
     rest = [] if self.eager else [(x, None, y) for x, _, y in self.rest]
     self.write_newest(i, self.first_parts, *rest)
-    for g in self.queries:
-      mosaic_gpu.store(
-          m.score_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)],
-          products(m.key1_smem.at[at.part, stage], m.query_smem.at[g, _FIRST]))
-    if not self.eager:
+    for g, x in enumerate(products(m.key1_smem.at[at.part, stage],
+                                   m.query_smem.at[:, _FIRST])):
+      mosaic_gpu.store(m.score_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)], x)
+    if not self.all_fit:
       plgpu.commit_smem()
       pl.when(i + self.stages < self.last)(lambda: self.copy(i + self.stages))
 
@@ -217,10 +216,13 @@ class Warpgroup:
     """Leaves what weights of round `i` are multiplied with."""
     at, m = self.at, self.m
     self.write_newest(i, *self.rest)
-    for g in self.queries:
-      x = products(m.key2_smem.at[at.part, i], m.query_smem.at[g, _SECOND])
-      mosaic_gpu.store(m.second_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)],
-                       _softplus(x))
+    for g, x in enumerate(self.seconds(m.key2_smem.at[at.part, i])):
+      mosaic_gpu.store(m.second_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)], x)
+
+  def seconds(self, key2_smem) -> list[jax.Array]:
+    """What each query's weights are multiplied with."""
+    return [_softplus(x) for x in products(key2_smem,
+                                           self.m.query_smem.at[:, _SECOND])]
 
   def find_thresholds(self) -> None:
     """Leaves statistics for the cluster, and reads what it has."""
@@ -247,14 +249,14 @@ class Warpgroup:
     """1 for keys that a query keeps: those of NaN, and all where `least` is."""
     return jnp.where(seen, jnp.where(score < self.least[g], 0, 1), 0)
 
-  def add(self, i, seen, score_smem, second, place: int, sums):
+  def add(self, i, seen, score_smem, seconds, place: int, sums):
     """Adds up to 16 keys to the sums.
 
     Args:
       i: the round.
       seen: which of them there are, (4, 4).
       score_smem: their scores, a function of the query.
-      second: what their weights are multiplied with, likewise.
+      seconds: of each query, what their weights are multiplied with.
       place: where their values lie.
       sums: divisors and counts of each key's thread, and totals.
     """
@@ -265,7 +267,7 @@ class Warpgroup:
       kept = self.kept(score, seen, g)
       weight = jnp.exp(capped(score, self.softcap) - self.best[g])
       mosaic_gpu.store(m.weight_smem.at[i % 2, at.part, g],
-                       jnp.where(kept > 0, weight * second(g), -1.0))
+                       jnp.where(kept > 0, weight * seconds[g], -1.0))
       divisors[g] += jnp.where(kept > 0, weight, 0.0)
       counts[g] += kept.astype(jnp.float32)
     plgpu.commit_smem()
@@ -279,9 +281,8 @@ class Warpgroup:
     return self.add(
         i, self.at.seen(i, self.start, self.end),
         lambda g: self.m.score_smem.at[g, *rows],
-        lambda g: mosaic_gpu.load(self.m.second_smem.at[g, *rows],
-                                  BY_KEY.reduce(2), optimized=False),
-        i, sums)
+        [mosaic_gpu.load(self.m.second_smem.at[g, *rows], BY_KEY.reduce(2),
+                         optimized=False) for g in self.queries], i, sums)
 
   def list_keys(self):
     """Lists the keys that some query keeps; returns how many."""
@@ -361,9 +362,7 @@ class Warpgroup:
     return self.add(
         batch, key * WARPS + warp < left,
         lambda g: m.picked_smem.at[place, at.part, g],
-        lambda g: _softplus(products(m.key1_smem.at[at.part, place],
-                                     m.query_smem.at[g, _SECOND])),
-        place, sums)
+        self.seconds(m.key1_smem.at[at.part, place]), place, sums)
 
   def mix(self):
     """The totals of the warpgroup's keys, and their divisors and counts."""
