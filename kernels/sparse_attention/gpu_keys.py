@@ -318,11 +318,12 @@ class Warpgroup:
     def _(warp):
       def copy(listed, to):
         key = m.list_smem[at.part, listed]
-        row, column = key // KEYS, key % KEYS
+        # Not //, which jax 0.10 does not know here.
+        row, column = lax.div(key, KEYS), lax.rem(key, KEYS)
+        own = at.sixteen(lax.div(row, WARPS)), lax.rem(row, WARPS), column
         for gmem, smem, _ in self.rest:
-          plgpu.copy_gmem_to_smem(
-              gmem.at[at.head, at.sixteen(key // OWN), row % WARPS, column],
-              smem.at[at.part, place, *to], barrier)
+          plgpu.copy_gmem_to_smem(gmem.at[at.head, *own],
+                                  smem.at[at.part, place, *to], barrier)
         for g in self.queries:
           m.picked_smem[place, at.part, g, *to] = m.score_smem[
               g, at.part, row, column]
