@@ -53,10 +53,12 @@ def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
   return (slot >= start) & (slot < end)
 
 
-def by_query(at: Place, queries: int, do: Callable[[int], None]) -> None:
-  """Calls `do` with each query, the block's warpgroups in turn."""
+def by_query(at: Place, queries: int, do: Callable[[int], None],
+             first: int = 0) -> None:
+  """Calls `do` with each query, the block's warpgroups in turn from `first`."""
   for g in range(queries):
-    pl.when(at.part == g % token_attention.PARTS)(functools.partial(do, g))
+    pl.when(at.part == (first + g) % token_attention.PARTS)(
+        functools.partial(do, g))
 
 
 def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
@@ -104,7 +106,8 @@ def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
                  (_COUNT, count)):
       state_gmem[at.head, g, i, at.block // KEYS, at.block % KEYS] = x
 
-  by_query(at, score_smem.shape[0], query)
+  # The last warpgroups: others multiply their second parts meanwhile.
+  by_query(at, score_smem.shape[0], query, -score_smem.shape[0])
 
 
 def threshold(at: Place, state_gmem, g: int, quantile, start, end):
