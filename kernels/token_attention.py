@@ -235,19 +235,18 @@ def products(key_smem, query_smem) -> list[jax.Array]:
     key_smem: (4, 4, columns).
     query_smem: (G, columns).
   """
-  (queries, width), blocks = query_smem.shape, range(0, key_smem.shape[2], 64)
-  keys = [mosaic_gpu.load(key_smem.at[:, :, pl.ds(first, 64)], BY_KEY
-                          ).astype(jnp.float32) for first in blocks]
-
-  def product(g):
-    parts = [mosaic_gpu.load(query_smem.at[g, pl.ds(first, 64)],
-                             BY_KEY.reduce((0, 1)), optimized=False)
-             for first in blocks]
-    total = sum(key * spread(x, key.shape, (2,), BY_KEY)
-                for key, x in zip(keys, parts))
-    return total.sum(2) * width ** -0.5
-
-  return [product(g) for g in range(queries)]
+  queries, width = query_smem.shape
+  totals = [None] * queries
+  for first in range(0, width, 64):
+    columns = pl.ds(first, 64)
+    key = mosaic_gpu.load(key_smem.at[:, :, columns], BY_KEY
+                          ).astype(jnp.float32)
+    for g, total in enumerate(totals):
+      query = mosaic_gpu.load(query_smem.at[g, columns],
+                              BY_KEY.reduce((0, 1)), optimized=False)
+      product = key * spread(query, key.shape, (2,), BY_KEY)
+      totals[g] = product if total is None else total + product
+  return [total.sum(2) * width ** -0.5 for total in totals]
 
 
 def capped(x, cap: float):
