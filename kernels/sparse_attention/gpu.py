@@ -28,9 +28,9 @@ from sparse_lm.kernels.token_attention import (
 # Rounds up to which all is copied, before it is known which keys are visible
 # and kept: the wait for that takes longer. For more queries it does not fit.
 _EAGER_ROUNDS, _EAGER_QUERIES = 2, 4
-# Bytes of shared memory that first parts, scores and lists may fill: the rest,
-# of 227 KB, is for values and sums.
-_FIRST_PARTS = 90 * 1024
+# Bytes of shared memory that first parts, scores and lists may fill, less those
+# that each query takes elsewhere: the rest, of 227 KB, is for values and sums.
+_FIRST_PARTS, _QUERY = 96 * 1024, 2 * 1024
 
 
 def unsupported(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
@@ -67,7 +67,7 @@ def _cluster_size(heads: int, slots: int, group: int) -> int | None:
 def _stages(rounds: int, group: int) -> int:
   """How many rounds' first parts have a place at a time."""
   span = token_attention.span()
-  left = _FIRST_PARTS - rounds * span * (group + 1) * 4
+  left = _FIRST_PARTS - group * _QUERY - rounds * span * (group + 1) * 4
   return min(rounds, left // (span * PART * 2))
 
 

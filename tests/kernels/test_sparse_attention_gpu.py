@@ -60,7 +60,7 @@ def close(y, expected):
 
 # Keys are copied once it is known that they are wanted, but for first parts
 # where all have a place; or all are copied before. Blocks, and bytes.
-TIGHT, LAZY, EAGER = (1, 20 * 1024), (1, 90 * 1024), (2, 90 * 1024)
+TIGHT, LAZY, EAGER = (1, 26 * 1024), (1, 96 * 1024), (2, 96 * 1024)
 
 
 @pytest.fixture(params=[TIGHT, LAZY, EAGER], ids=["tight", "lazy", "eager"])
