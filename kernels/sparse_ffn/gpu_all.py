@@ -63,10 +63,13 @@ def _pieces(tiles: int) -> int:
   return _PIECE * pl.cdiv(tiles, _PIECE)
 
 
-def _kernel(body, out_type, grid: tuple[int, ...], **scratch):
+def _kernel(body, out_type, grid: tuple[int, ...], warpgroups: int = 1,
+            **scratch):
+  parts = dict(num_threads=warpgroups, thread_name="part")
   return plgpu.kernel(body, out_type=out_type, grid=grid,
                       grid_names=("block", "split")[:len(grid)],
-                      scratch_types=scratch, compiler_params=_PARAMS)
+                      scratch_types=scratch, compiler_params=_PARAMS,
+                      **parts if warpgroups > 1 else {})
 
 
 def _scratch(steps: int, depth: int, rows: tuple[int, int], beside: int
@@ -245,42 +248,61 @@ def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU,
   tokens, neurons = score_NxF.shape
   size = _tile(neurons)
   tiles, product, weights = neurons // size, {}, ()
+  # A warpgroup of its own makes the thresholds while the other multiplies.
+  topk = isinstance(select, StatisticalTopk)
+  thresholds = dict(warpgroups=2, theta_barrier=plgpu.Barrier(),
+                    theta_smem=plgpu.SMEM((_ROWS,), jnp.float32)) if topk else {}
   if up_FxU is not None:
     steps, weights = up_FxU.shape[1] // _CHUNK, (x_NxD, up_FxU, down_FxD)
     product = _scratch(steps, _CHUNK, (size, _CHUNK), (4 + 2) * _ROWS * size)
 
   def write_hidden(score_gmem, statistics_gmem, *refs, score_smem,
-                   score_barrier, hidden_smem, **smem):
+                   score_barrier, hidden_smem, theta_smem=None,
+                   theta_barrier=None, **smem):
     *weights_gmem, hidden_gmem, count_gmem = refs
     tile = lax.axis_index("block")
     rows = pl.ds(tile * size, size)
-    multiply_up = None
-    if weights_gmem:
-      x_gmem, up_gmem, down_gmem = weights_gmem
-      first = x_gmem.shape[1] - up_gmem.shape[1]
-      multiply_up = _start(
-          0, steps, lambda i: x_gmem.at[:, pl.ds(first + i * _CHUNK, _CHUNK)],
-          lambda i: up_gmem.at[rows, pl.ds(i * _CHUNK, _CHUNK)], **smem,
-          transposed=True)
-    plgpu.copy_gmem_to_smem(score_gmem.at[:, rows],
-                            score_smem.at[pl.ds(0, tokens)], score_barrier)
-    theta = None
-    if isinstance(select, StatisticalTopk):
-      theta = _threshold(select, statistics_gmem, tiles, size)
-    up = None
-    if multiply_up:
-      up = multiply_up()
-      _prefetch_down(down_gmem)
-    plgpu.barrier_wait(score_barrier)
-    score = mosaic_gpu.load(score_smem, _WGMMA)
-    if theta is not None:
-      score = jnp.maximum(score - _across(theta, size), 0.0)
-    hidden = mosaic_gpu.inlined(select.activation)(score)
-    mosaic_gpu.store(count_gmem.at[:, tile],
-                     jnp.where(hidden != 0.0, 1.0, 0.0).sum(1))
-    if up is not None:
-      hidden *= mosaic_gpu.inlined(up_activation)(up)
-    _send(hidden.astype(jnp.bfloat16), hidden_smem, hidden_gmem.at[:, rows])
+
+    def find_thresholds():
+      mosaic_gpu.store(theta_smem,
+                       _threshold(select, statistics_gmem, tiles, size))
+      plgpu.commit_smem()
+      plgpu.barrier_arrive(theta_barrier)
+
+    def multiply_and_activate():
+      multiply_up = None
+      if weights_gmem:
+        x_gmem, up_gmem, down_gmem = weights_gmem
+        first = x_gmem.shape[1] - up_gmem.shape[1]
+        multiply_up = _start(
+            0, steps, lambda i: x_gmem.at[:, pl.ds(first + i * _CHUNK, _CHUNK)],
+            lambda i: up_gmem.at[rows, pl.ds(i * _CHUNK, _CHUNK)], **smem,
+            transposed=True)
+      plgpu.copy_gmem_to_smem(score_gmem.at[:, rows],
+                              score_smem.at[pl.ds(0, tokens)], score_barrier)
+      up = None
+      if multiply_up:
+        up = multiply_up()
+        _prefetch_down(down_gmem)
+      plgpu.barrier_wait(score_barrier)
+      score = mosaic_gpu.load(score_smem, _WGMMA)
+      if topk:
+        plgpu.barrier_wait(theta_barrier)
+        theta = mosaic_gpu.load(theta_smem, _WGMMA.reduce(1), optimized=False)
+        score = jnp.maximum(score - _across(theta, size), 0.0)
+      hidden = mosaic_gpu.inlined(select.activation)(score)
+      mosaic_gpu.store(count_gmem.at[:, tile],
+                       jnp.where(hidden != 0.0, 1.0, 0.0).sum(1))
+      if up is not None:
+        hidden *= mosaic_gpu.inlined(up_activation)(up)
+      _send(hidden.astype(jnp.bfloat16), hidden_smem, hidden_gmem.at[:, rows])
+
+    if topk:
+      part = lax.axis_index("part")
+      pl.when(part == 0)(multiply_and_activate)
+      pl.when(part == 1)(find_thresholds)
+    else:
+      multiply_and_activate()
 
   out = (jax.ShapeDtypeStruct((tokens, neurons), jnp.bfloat16),
          jax.ShapeDtypeStruct((_ROWS, _pieces(tiles)), jnp.float32))
@@ -288,7 +310,7 @@ def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU,
       write_hidden, out, (tiles,), score_barrier=plgpu.Barrier(),
       score_smem=plgpu.SMEM((_ROWS, size), jnp.float32, transforms=_F32),
       hidden_smem=plgpu.SMEM((_ROWS, size), jnp.bfloat16, transforms=_BF16),
-      **product)(score_NxF, statistics, *weights)
+      **thresholds, **product)(score_NxF, statistics, *weights)
 
 
 @jax.jit
