@@ -147,6 +147,40 @@ class Place:
     return (slot >= start) & (slot < end)
 
 
+def all_fit(at: Place, slots: int, stages: int) -> bool:
+  """Whether so many rounds are all of a cache."""
+  return stages * at.cluster * span() >= slots
+
+
+def start_copies(at: Place, slots: int, stages: int, bounds: Callable,
+                 copy: Callable) -> tuple:
+  """Starts a warpgroup's first copies.
+
+  Where all rounds have a place, the first one's do not wait for what is
+  visible: that takes longer to come than they to be asked for.
+
+  Args:
+    at: the warpgroup's place.
+    slots: of the cache.
+    stages: how many rounds' copies have a place.
+    bounds: called for the first visible slot and the one after the last.
+    copy: starts the copies of a round.
+
+  Returns:
+    The first round that is to be waited for, and the one after the last.
+  """
+  early = int(all_fit(at, slots, stages))
+  _, there = at.rounds(0, slots)
+  if early:
+    pl.when(there > 0)(lambda: copy(0))
+  first, last = at.rounds(*bounds())
+  if early:
+    first, last = 0, jnp.maximum(last, jnp.minimum(there, 1))
+  for i in range(early, stages):
+    pl.when(first + i < last)(lambda i=i: copy(first + i))
+  return first, last
+
+
 def fetch_rows(at: Place, group: int, widths, rows_gmem, rotary_gmem
                ) -> Callable:
   """Asks for the head's queries and its newest key and value, a row each.

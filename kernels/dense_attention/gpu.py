@@ -19,7 +19,7 @@ from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
     BY_COLUMN, BY_KEY, KEYS, OWN, WARPS, Place, add_values, block_sync, capped,
     cluster_size, fetch_rows, join, join_memory, kernel, make_bounds, no_values,
-    own_keys, products, rows_memory, spread, store_row)
+    own_keys, products, rows_memory, spread, start_copies, store_row)
 
 # Copies of a warpgroup that are on their way.
 _STAGES = 2
@@ -183,17 +183,11 @@ def _attend(heads, cluster, group, softcap, *refs, **scratch) -> None:
   """
   at, m = Place(heads, cluster), _Memory(*refs, **scratch)
   mine = _Warpgroup(at, m, group, softcap)
-  slots = m.key_gmem.shape[1] * OWN
-  # Where all fit, keys are copied before it is known which are visible: the
-  # wait for that takes longer.
-  eager = slots <= _STAGES * cluster * token_attention.span()
-
   put_rows = fetch_rows(at, group, [m.y_gmem.shape[-1]], m.rows_gmem,
                         m.rotary_gmem)
   start, end, newest = (m.bounds_gmem[at.row, i] for i in range(3))
-  first, last = at.rounds(0, slots) if eager else at.rounds(start, end)
-  for i in range(_STAGES):
-    pl.when(first + i < last)(lambda i=i: mine.copy(first + i))
+  first, last = start_copies(at, m.key_gmem.shape[1] * OWN, _STAGES,
+                             lambda: (start, end), mine.copy)
   put_rows(m.query_smem, m.newest_smem)
   block_sync(m.block_barrier)
   bests, divisors, totals = lax.fori_loop(

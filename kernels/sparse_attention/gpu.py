@@ -90,7 +90,7 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
     return shared | dict(
         key1_smem=rows(rounds, PART), key2_smem=rows(rounds, PART),
         value_smem=rows(rounds, WIDTH), second_smem=score,
-        key1_barrier=barrier(1, rounds), rest_barrier=barrier(1, 2 * rounds))
+        key1_barrier=barrier(rounds, 1), rest_barrier=barrier(rounds, 2))
   stages = _stages(rounds, group)
   return shared | dict(
       key1_smem=rows(stages, PART), value_smem=rows(BATCHES, WIDTH),

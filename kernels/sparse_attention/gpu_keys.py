@@ -13,8 +13,8 @@ from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_attention.statistics import (
     ROWS, by_query, lanes, leave_statistics, seen_rows, threshold, total)
 from sparse_lm.kernels.token_attention import (
-    BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, block_sync, capped,
-    no_values, products, store_row)
+    BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, all_fit, block_sync,
+    capped, no_values, products, start_copies, store_row)
 
 # Width of both parts of a key, and of a value.
 PART, WIDTH = 128, 256
@@ -104,7 +104,8 @@ class Warpgroup:
   Attributes:
     eager: whether all keys are copied at once.
     stages: how many rounds' first parts have a place.
-    all_fit: whether all have: none is waited for, visible or not.
+    slots: of the cache.
+    all_fit: whether all rounds have a place.
     first: of the rounds that are scored.
     last: the one after the last.
     start: the row's first visible slot.
@@ -118,7 +119,8 @@ class Warpgroup:
   def __init__(self, at: Place, m: Memory, write: bool, softcap: float):
     self.at, self.m, self.write, self.softcap = at, m, write, softcap
     self.eager, self.stages = m.list_smem is None, m.key1_smem.shape[1]
-    self.all_fit = self.stages * WARPS == m.score_smem.shape[2]
+    self.slots = m.key1_gmem.shape[1] * OWN
+    self.all_fit = all_fit(at, self.slots, self.stages)
     self.queries = range(m.score_smem.shape[0])
     newest, value = m.newest_smem.at[0], m.newest_smem.at[1]
     key2_smem = m.key2_smem if self.eager else m.key1_smem
@@ -136,49 +138,29 @@ class Warpgroup:
 
   def start_copies(self) -> None:
     """Starts copies of as many rounds as have a place."""
-    at, slots = self.at, self.m.key1_gmem.shape[1] * OWN
-    visible = (0, slots) if self.all_fit else (self.start, self.end)
-    self.first, self.last = at.rounds(*visible)
-    for i in range(self.stages):
-      pl.when(self.first + i < self.last)(lambda i=i: self.copy(self.first + i))
-      if self.eager:
-        pl.when(self.first + i >= self.last)(self.copy_nothing)
+    self.first, self.last = start_copies(
+        self.at, self.slots, self.stages, lambda: (self.start, self.end),
+        self.copy)
 
   def copy(self, i) -> None:
     """Starts the copies of round `i`."""
     at, m, stage = self.at, self.m, i % self.stages
-    own = at.sixteen(i)
+    own, barrier = at.sixteen(i), at.part * self.stages + stage
     plgpu.copy_gmem_to_smem(
         m.key1_gmem.at[at.head, own], m.key1_smem.at[at.part, stage],
-        m.key1_barrier.at[self.key1_place(i)])
+        m.key1_barrier.at[barrier])
     if self.eager:
       for gmem, smem, _ in self.rest:
         plgpu.copy_gmem_to_smem(gmem.at[at.head, own], smem.at[at.part, stage],
-                                m.rest_barrier.at[at.part])
-
-  def copy_nothing(self) -> None:
-    """Arrives where a round that there is not would have."""
-    plgpu.barrier_arrive(self.m.key1_barrier.at[self.at.part])
-    for _ in self.rest:
-      plgpu.barrier_arrive(self.m.rest_barrier.at[self.at.part])
-
-  def key1_place(self, i):
-    """Of the barrier for round `i`; where all is copied there is one for all.
-    """
-    if self.eager:
-      return self.at.part
-    return self.at.part * self.stages + i % self.stages
+                                m.rest_barrier.at[barrier])
 
   def score_all(self) -> None:
     """Leaves the scores of all rounds."""
-    if self.eager:
-      plgpu.barrier_wait(self.m.key1_barrier.at[self.at.part])
     lax.fori_loop(self.first, self.last, self.score, None)
 
   def second_all(self) -> None:
     """Leaves what all rounds' weights are multiplied with."""
     if self.eager:
-      plgpu.barrier_wait(self.m.rest_barrier.at[self.at.part])
       lax.fori_loop(self.first, self.last, self.second, None)
 
   def write_newest(self, i, *rows) -> None:
@@ -200,8 +182,7 @@ class Warpgroup:
   def score(self, i, _) -> None:
     """Leaves the scores of round `i`."""
     at, m, stage = self.at, self.m, i % self.stages
-    if not self.eager:
-      plgpu.barrier_wait(m.key1_barrier.at[self.key1_place(i)])
+    plgpu.barrier_wait(m.key1_barrier.at[at.part * self.stages + stage])
     # Where all is copied, the rest may still be on its way.
     rest = [] if self.eager else [(x, None, y) for x, _, y in self.rest]
     self.write_newest(i, self.first_parts, *rest)
@@ -215,6 +196,7 @@ class Warpgroup:
   def second(self, i, _) -> None:
     """Leaves what weights of round `i` are multiplied with."""
     at, m = self.at, self.m
+    plgpu.barrier_wait(m.rest_barrier.at[at.part * self.stages + i])
     self.write_newest(i, *self.rest)
     for g, x in enumerate(self.seconds(m.key2_smem.at[at.part, i])):
       mosaic_gpu.store(m.second_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)], x)
@@ -227,12 +209,9 @@ class Warpgroup:
   def find_thresholds(self) -> None:
     """Leaves statistics for the cluster, and reads what it has."""
     at, m = self.at, self.m
-    rows = 0, m.score_smem.shape[2] // ROWS
-    if not self.eager:
-      first, last = at.rounds_of_block(self.start, self.end)
-      rows = first // 2, (last + 1) // 2
-    leave_statistics(at, m.score_smem, m.state_gmem, *rows, self.start,
-                     self.end)
+    first, last = at.rounds_of_block(self.start, self.end)
+    leave_statistics(at, m.score_smem, m.state_gmem, first // 2,
+                     (last + 1) // 2, self.start, self.end)
     mosaic_gpu.cluster_sync(m.cluster_barrier, self.second_all)
 
     def find(g):
