@@ -5,14 +5,13 @@ skipped: rows of inactive neurons are multiplied by 0. What is left to gain is
 that the threshold, the activation and the product of the branches take no time
 of their own.
 
-Three kernels stream a matrix each through the tensor cores, tokens being the 64
-rows of a product whatever their number. The first leaves the scores of a tile
-of neurons, their mean and their squared deviations. The second multiplies `up`;
-while its first copies are on their way it makes thresholds of the tiles'
-statistics, and at the end activations of scores. The third multiplies `down`,
-some columns and some neurons a thread block; XLA adds the blocks' sums in a
-fixed order. When a kernel has read its matrix it asks for the beginning of the
-next one, so that memory does not rest until the next kernel does so.
+Three kernels. The first streams `gate` and `up` through the tensor cores, tokens
+being the 64 rows of a product whatever their number, and leaves both products of
+a tile of neurons, the scores' mean and their squared deviations. The second makes
+thresholds of the tiles' statistics, and of scores what `down` multiplies. The
+third streams `down`, some columns and some neurons a thread block; XLA adds the
+blocks' sums in a fixed order. The second reads little, so meanwhile it asks for
+the beginning of `down`.
 """
 
 import dataclasses
@@ -40,8 +39,8 @@ _COLUMNS = 128
 # Shared memory of a block, which is alone on its multiprocessor.
 _SHARED_BYTES = 225 * 1024
 _PROCESSORS = 132
-# Of the copies of each thread block of a kernel, for how many the kernel before
-# asks: memory brings these 12 MB while one ends and the next one starts.
+# Of the copies of each of the last kernel's thread blocks, for how many the
+# kernel before asks: memory brings these 12 MB meanwhile.
 _AHEAD = 3
 # Tiles whose statistics are added up together.
 _PIECE = 32
@@ -49,6 +48,11 @@ _SWIZZLE = plgpu.SwizzleTransform(128)
 _BF16 = (plgpu.TilingTransform((8, 64)), _SWIZZLE)
 _F32 = (plgpu.TilingTransform((8, 32)), _SWIZZLE)
 _WGMMA = plgpu.Layout.WGMMA
+# Tokens of a block of the second kernel, two a warp: of (8, 32), or longer rows.
+_EIGHT = 8
+_TOKENS = plgpu.Layout.TILED(
+    plgpu.Tiling(((_EIGHT, 32), (2, 32), (2,))), warp_dims=(-5,),
+    lane_dims=(-3, -2), vector_dim=-1)
 # No sum here crosses warps: a warp has tokens of its own.
 _PARAMS = dataclasses.replace(mosaic_gpu.PARAMS, reduction_scratch_bytes=0)
 
@@ -58,18 +62,10 @@ def _tile(neurons: int) -> int:
   return 128 if neurons % 128 == 0 else 64
 
 
-def _pieces(tiles: int) -> int:
-  """Tiles, in whole pieces."""
-  return _PIECE * pl.cdiv(tiles, _PIECE)
-
-
-def _kernel(body, out_type, grid: tuple[int, ...], warpgroups: int = 1,
-            **scratch):
-  parts = dict(num_threads=warpgroups, thread_name="part")
+def _kernel(body, out_type, grid: tuple[int, ...], **scratch):
   return plgpu.kernel(body, out_type=out_type, grid=grid,
                       grid_names=("block", "split")[:len(grid)],
-                      scratch_types=scratch, compiler_params=_PARAMS,
-                      **parts if warpgroups > 1 else {})
+                      scratch_types=scratch, compiler_params=_PARAMS)
 
 
 def _scratch(steps: int, depth: int, rows: tuple[int, int], beside: int
@@ -91,50 +87,58 @@ def _scratch(steps: int, depth: int, rows: tuple[int, int], beside: int
       barriers=plgpu.Barrier(num_arrivals=2, num_barriers=places))
 
 
-def _start(first, end, tokens_at, rows_at, *, x_smem, rows_smem, barriers,
-           transposed: bool):
+def _start(segments, *, x_smem, rows_smem, barriers, transposed: bool):
   """Starts to copy tokens and weights.
 
   Args:
-    first: the first step.
-    end: the last step's successor; like the first it may be traced.
-    tokens_at: from a step to what it takes of the tokens, in global memory.
-    rows_at: likewise of the weights.
+    segments: of each matrix the first step, the last one's successor, from a
+      step to what it takes of the tokens, in global memory, and of the weights.
+      Steps may be traced; a matrix begins where the one before ends.
     x_smem: places for tokens.
     rows_smem: places for weights.
     barriers: when both are there.
     transposed: whether a step's weights are (neurons, dims summed over).
 
   Returns:
-    A function that multiplies and adds up, to (64, N) in float32.
+    For each matrix, in turn, a function that multiplies it and adds up, to
+    (64, N) in float32.
   """
-  places = barriers.shape[0]
+  places, origin = barriers.shape[0], segments[0][0]
 
   def copy(step):
-    place = lax.rem(step - first, places)
-    tokens = tokens_at(step)
-    for gmem, smem in ((tokens, x_smem.at[place, pl.ds(0, tokens.shape[0])]),
-                       (rows_at(step), rows_smem.at[place])):
-      plgpu.copy_gmem_to_smem(gmem, smem, barriers.at[place])
+    place = lax.rem(step - origin, places)
+
+    def start(tokens_at, rows_at):
+      tokens = tokens_at(step)
+      for gmem, smem in (
+          (tokens, x_smem.at[place, pl.ds(0, tokens.shape[0])]),
+          (rows_at(step), rows_smem.at[place])):
+        plgpu.copy_gmem_to_smem(gmem, smem, barriers.at[place])
+
+    for first, end, *sources in segments:
+      pl.when((step >= first) & (step < end))(
+          functools.partial(start, *sources))
 
   for i in range(places):
-    pl.when(first + i < end)(functools.partial(copy, first + i))
+    copy(origin + i)
 
-  def run(accumulator):
+  def run(first, end, accumulator):
     def step(i, _):
-      place = lax.rem(i - first, places)
+      place = lax.rem(i - origin, places)
       rows = rows_smem.at[place]
       plgpu.barrier_wait(barriers.at[place])
       plgpu.wgmma(accumulator, x_smem.at[place],
                   plgpu.transpose_ref(rows, (1, 0)) if transposed else rows)
       plgpu.wgmma_wait(0)
-      pl.when(i + places < end)(functools.partial(copy, i + places))
+      copy(i + places)
 
     lax.fori_loop(first, end, step, None)
     return accumulator[...]
 
   columns = rows_smem.shape[1 if transposed else 2]
-  return lambda: pl.run_scoped(run, plgpu.ACC((_ROWS, columns), jnp.float32))
+  return [functools.partial(pl.run_scoped, functools.partial(run, *segment[:2]),
+                            plgpu.ACC((_ROWS, columns), jnp.float32))
+          for segment in segments]
 
 
 def _splits(shape: tuple[int, int]) -> tuple[int, int, int]:
@@ -143,20 +147,12 @@ def _splits(shape: tuple[int, int]) -> tuple[int, int, int]:
   return tiles, blocks, min(tiles, max(1, _PROCESSORS // blocks))
 
 
-def _prefetch_up(gmem) -> None:
-  """Asks for the beginning of this block's tile of `up`, into the cache."""
-  tile, size = lax.axis_index("block"), _tile(gmem.shape[0])
-  for i in range(min(_AHEAD, gmem.shape[1] // _CHUNK)):
-    plgpu.async_prefetch(gmem.at[pl.ds(tile * size, size),
-                                 pl.ds(i * _CHUNK, _CHUNK)])
-
-
-def _prefetch_down(gmem) -> None:
-  """Likewise, its share of what the blocks of `_down` will read first."""
+def _prefetch_down(gmem, worker, workers: int) -> None:
+  """Asks for a share of what the blocks of `_down` will read first."""
   size, (tiles, blocks, splits) = _tile(gmem.shape[0]), _splits(gmem.shape)
   copies = blocks * splits * min(_AHEAD, tiles // splits)
-  for first in range(0, copies, tiles):
-    copy = first + lax.axis_index("block")
+  for first in range(0, copies, workers):
+    copy = first + worker
 
     @pl.when(copy < copies)
     def _(copy=copy):
@@ -174,31 +170,37 @@ def _send(x, smem, gmem) -> None:
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _across(x, columns: int):
+def _across(x, shape: tuple[int, int], layout=_WGMMA):
   """A number a token, for each of its columns."""
-  return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))
+  return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (0,)), layout)
 
 
 def _load_tiles(gmem, tiles: int) -> list:
   """Each token's numbers of all tiles, in pieces."""
-  return [mosaic_gpu.load(gmem.at[:, pl.ds(first, _PIECE)], _WGMMA,
+  return [mosaic_gpu.load(gmem.at[:, pl.ds(first, _PIECE)], _TOKENS,
                           optimized=False)
           for first in range(0, tiles, _PIECE)]
 
 
 def _add_tiles(pieces: list, tiles: int):
   """For each token, the sum over the tiles; nothing is written beyond them."""
-  index = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _PIECE), 1, layout=_WGMMA)
+  index = plgpu.broadcasted_iota(jnp.int32, pieces[0].shape, 1, layout=_TOKENS)
   return sum(jnp.where(index < tiles - i * _PIECE, piece, 0.0)
              for i, piece in enumerate(pieces)).sum(1)
 
 
-def _threshold(select: StatisticalTopk, statistics_gmem, tiles: int, size: int):
-  """Each token's, of tiles of such a size."""
-  means, squares = (_load_tiles(statistics_gmem.at[i], tiles)
-                    for i in range(2))
+def _threshold(select: StatisticalTopk, statistics, tiles: int, size: int):
+  """Each token's, of tiles of such a size.
+
+  Args:
+    select: the rule.
+    statistics: pieces of the tiles' means, and of squared deviations.
+    tiles: how many there are.
+    size: of each.
+  """
+  means, squares = statistics
   mean = _add_tiles(means, tiles) / tiles
-  apart = [piece - _across(mean, _PIECE) for piece in means]
+  apart = [piece - _across(mean, piece.shape, _TOKENS) for piece in means]
   # Chan et al., 1979: squared deviations of parts, put together.
   square = _add_tiles([piece + size * x * x
                        for piece, x in zip(squares, apart)], tiles)
@@ -206,146 +208,114 @@ def _threshold(select: StatisticalTopk, statistics_gmem, tiles: int, size: int):
 
 
 @jax.jit
-def _scores(x_NxD, gate_FxR, up_FxU, down_FxD):
-  """Scores (N, F); tiles' means and squared deviations (2, 64, t); float32."""
-  upcoming = down_FxD if up_FxU is None else up_FxU
-  neurons, width = gate_FxR.shape
-  size = _tile(neurons)
-  tiles, steps = neurons // size, width // _CHUNK
+def _products(x_NxD, gate_FxR, up_FxU):
+  """Scores and, if there is one, products of `up` (N, F); statistics.
 
-  def write_scores(x_gmem, gate_gmem, upcoming_gmem, score_gmem,
-                   statistics_gmem, *, score_smem, **smem):
+  Those are tiles' means and squared deviations (2, 64, t). All in float32.
+  """
+  (neurons, width), tokens = gate_FxR.shape, x_NxD.shape[0]
+  size = _tile(neurons)
+  tiles = neurons // size
+  weights = [x for x in (gate_FxR, up_FxU) if x is not None]
+  ends = [sum(x.shape[1] for x in weights[:n]) // _CHUNK
+          for n in range(len(weights) + 1)]
+
+  def write_products(x_gmem, *refs, y_smem, **smem):
+    gmems, (*y_gmems, statistics_gmem) = refs[:len(weights)], refs[len(weights):]
     tile = lax.axis_index("block")
     rows = pl.ds(tile * size, size)
 
-    def columns(step):
-      return pl.ds(step * _CHUNK, _CHUNK)
+    def segment(n):
+      # The gate multiplies the first dims of the tokens, `up` the last.
+      skipped = n * (x_gmem.shape[1] - gmems[n].shape[1])
 
-    score = _start(0, steps, lambda i: x_gmem.at[:, columns(i)],
-                   lambda i: gate_gmem.at[rows, columns(i)], **smem,
-                   transposed=True)()
-    prefetch = _prefetch_down if up_FxU is None else _prefetch_up
-    prefetch(upcoming_gmem)
+      def columns(i, skipped=0):
+        return pl.ds(skipped + (i - ends[n]) * _CHUNK, _CHUNK)
+
+      return (ends[n], ends[n + 1], lambda i: x_gmem.at[:, columns(i, skipped)],
+              lambda i: gmems[n].at[rows, columns(i)])
+
+    multiply, *multiply_up = _start(
+        [segment(n) for n in range(len(weights))], **smem, transposed=True)
+    score = multiply()
     mean = score.sum(1) / size
-    deviation = score - _across(mean, size)
+    deviation = score - _across(mean, score.shape)
     for i, x in enumerate((mean, (deviation * deviation).sum(1))):
       mosaic_gpu.store(statistics_gmem.at[i, :, tile], x)
-    _send(score, score_smem, score_gmem.at[:, rows])
+    _send(score, y_smem, y_gmems[0].at[:, rows])
+    for multiply in multiply_up:
+      _send(multiply(), y_smem, y_gmems[1].at[:, rows])
 
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  out = f32((x_NxD.shape[0], neurons)), f32((2, _ROWS, _pieces(tiles)))
-  return _kernel(
-      write_scores, out, (tiles,),
-      score_smem=plgpu.SMEM((_ROWS, size), jnp.float32, transforms=_F32),
-      **_scratch(steps, _CHUNK, (size, _CHUNK), 4 * _ROWS * size))(
-          x_NxD, gate_FxR, upcoming)
+  *products, statistics = _kernel(
+      write_products,
+      [*[f32((tokens, neurons))] * len(weights),
+       f32((2, _ROWS, _PIECE * pl.cdiv(tiles, _PIECE)))], (tiles,),
+      y_smem=plgpu.SMEM((_ROWS, size), jnp.float32, transforms=_F32),
+      **_scratch(ends[-1], _CHUNK, (size, _CHUNK), 4 * _ROWS * size))(
+          x_NxD, *weights)
+  return products, statistics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _hidden(select, up_activation, score_NxF, statistics, x_NxD, up_FxU,
-            down_FxD):
-  """What `down` multiplies (N, F), and each tile's active neurons (64, t)."""
-  tokens, neurons = score_NxF.shape
-  size = _tile(neurons)
-  tiles, product, weights = neurons // size, {}, ()
-  # A warpgroup of its own makes the thresholds while the other multiplies.
-  topk = isinstance(select, StatisticalTopk)
-  thresholds = dict(warpgroups=2, theta_barrier=plgpu.Barrier(),
-                    theta_smem=plgpu.SMEM((_ROWS,), jnp.float32)) if topk else {}
-  if up_FxU is not None:
-    steps, weights = up_FxU.shape[1] // _CHUNK, (x_NxD, up_FxU, down_FxD)
-    product = _scratch(steps, _CHUNK, (size, _CHUNK), (4 + 2) * _ROWS * size)
+def _hidden(select, up_activation, products, statistics, down_FxD):
+  """What `down` multiplies (N, F), and blocks' active neurons (N, blocks)."""
+  tokens, neurons = products[0].shape
+  tiles, size = neurons // _tile(neurons), _tile(neurons)
+  columns = next(n for n in (512, 256, 128, 64) if neurons % n == 0)
+  grid = neurons // columns, tokens // _EIGHT
 
-  def write_hidden(score_gmem, statistics_gmem, *refs, score_smem,
-                   score_barrier, hidden_smem, theta_smem=None,
-                   theta_barrier=None, **smem):
-    *weights_gmem, hidden_gmem, count_gmem = refs
-    tile = lax.axis_index("block")
-    rows = pl.ds(tile * size, size)
-
-    def find_thresholds():
-      mosaic_gpu.store(theta_smem,
-                       _threshold(select, statistics_gmem, tiles, size))
-      plgpu.commit_smem()
-      plgpu.barrier_arrive(theta_barrier)
-
-    def multiply_and_activate():
-      multiply_up = None
-      if weights_gmem:
-        x_gmem, up_gmem, down_gmem = weights_gmem
-        first = x_gmem.shape[1] - up_gmem.shape[1]
-        multiply_up = _start(
-            0, steps, lambda i: x_gmem.at[:, pl.ds(first + i * _CHUNK, _CHUNK)],
-            lambda i: up_gmem.at[rows, pl.ds(i * _CHUNK, _CHUNK)], **smem,
-            transposed=True)
-      plgpu.copy_gmem_to_smem(score_gmem.at[:, rows],
-                              score_smem.at[pl.ds(0, tokens)], score_barrier)
-      up = None
-      if multiply_up:
-        up = multiply_up()
-        _prefetch_down(down_gmem)
-      plgpu.barrier_wait(score_barrier)
-      score = mosaic_gpu.load(score_smem, _WGMMA)
-      if topk:
-        plgpu.barrier_wait(theta_barrier)
-        theta = mosaic_gpu.load(theta_smem, _WGMMA.reduce(1), optimized=False)
-        score = jnp.maximum(score - _across(theta, size), 0.0)
-      hidden = mosaic_gpu.inlined(select.activation)(score)
-      mosaic_gpu.store(count_gmem.at[:, tile],
-                       jnp.where(hidden != 0.0, 1.0, 0.0).sum(1))
-      if up is not None:
-        hidden *= mosaic_gpu.inlined(up_activation)(up)
-      _send(hidden.astype(jnp.bfloat16), hidden_smem, hidden_gmem.at[:, rows])
-
-    if topk:
-      part = lax.axis_index("part")
-      pl.when(part == 0)(multiply_and_activate)
-      pl.when(part == 1)(find_thresholds)
-    else:
-      multiply_and_activate()
+  def write_hidden(*refs):
+    product_gmems, refs = refs[:len(products)], refs[len(products):]
+    statistics_gmem, down_gmem, hidden_gmem, count_gmem = refs
+    block, eight = lax.axis_index("block"), lax.axis_index("split")
+    rows = pl.ds(eight * _EIGHT, _EIGHT)
+    where = rows, pl.ds(block * columns, columns)
+    statistics = [_load_tiles(statistics_gmem.at[i, rows], tiles)
+                  for i in range(2)]
+    score, *up = (mosaic_gpu.load(gmem.at[where], _TOKENS, optimized=False)
+                  for gmem in product_gmems)
+    _prefetch_down(down_gmem, eight * grid[0] + block, math.prod(grid))
+    if isinstance(select, StatisticalTopk):
+      theta = _threshold(select, statistics, tiles, size)
+      score = jnp.maximum(score - _across(theta, score.shape, _TOKENS), 0.0)
+    hidden = mosaic_gpu.inlined(select.activation)(score)
+    mosaic_gpu.store(count_gmem.at[rows, block],
+                     jnp.where(hidden != 0.0, 1.0, 0.0).sum(1))
+    for product in up:
+      hidden *= mosaic_gpu.inlined(up_activation)(product)
+    mosaic_gpu.store(hidden_gmem.at[where], hidden.astype(jnp.bfloat16))
 
   out = (jax.ShapeDtypeStruct((tokens, neurons), jnp.bfloat16),
-         jax.ShapeDtypeStruct((_ROWS, _pieces(tiles)), jnp.float32))
-  return _kernel(
-      write_hidden, out, (tiles,), score_barrier=plgpu.Barrier(),
-      score_smem=plgpu.SMEM((_ROWS, size), jnp.float32, transforms=_F32),
-      hidden_smem=plgpu.SMEM((_ROWS, size), jnp.bfloat16, transforms=_BF16),
-      **thresholds, **product)(score_NxF, statistics, *weights)
+         jax.ShapeDtypeStruct((tokens, grid[0]), jnp.float32))
+  return _kernel(write_hidden, out, grid)(*products, statistics, down_FxD)
 
 
 @jax.jit
-def _down(hidden_NxF, count, down_FxD):
-  """Partial sums (splits, N, D), float32; how many neurons are active (64,)."""
+def _down(hidden_NxF, down_FxD):
+  """Partial sums (splits, N, D), float32."""
   (tokens, neurons), width = hidden_NxF.shape, down_FxD.shape[1]
   chunk, (steps, blocks, splits) = _tile(neurons), _splits(down_FxD.shape)
 
-  def write_sums(hidden_gmem, count_gmem, down_gmem, y_gmem, active_gmem, *,
-                 y_smem, **smem):
+  def write_sums(hidden_gmem, down_gmem, y_gmem, *, y_smem, **smem):
     block, split = lax.axis_index("block"), lax.axis_index("split")
     columns = pl.ds(block * _COLUMNS, _COLUMNS)
 
     def rows(step):
       return pl.ds(step * chunk, chunk)
 
-    multiply = _start(
-        split * steps // splits, (split + 1) * steps // splits,
-        lambda i: hidden_gmem.at[:, rows(i)],
-        lambda i: down_gmem.at[rows(i), columns], **smem, transposed=False)
-
-    @pl.when((block == 0) & (split == 0))
-    def _():
-      active = _add_tiles(_load_tiles(count_gmem, steps), steps)
-      mosaic_gpu.store(active_gmem, active.astype(jnp.int32))
-
+    multiply, = _start(
+        [(split * steps // splits, (split + 1) * steps // splits,
+          lambda i: hidden_gmem.at[:, rows(i)],
+          lambda i: down_gmem.at[rows(i), columns])], **smem, transposed=False)
     _send(multiply(), y_smem, y_gmem.at[split, :, columns])
 
-  out = (jax.ShapeDtypeStruct((splits, tokens, width), jnp.float32),
-         jax.ShapeDtypeStruct((_ROWS,), jnp.int32))
+  out = jax.ShapeDtypeStruct((splits, tokens, width), jnp.float32)
   return _kernel(
       write_sums, out, (blocks, splits),
       y_smem=plgpu.SMEM((_ROWS, _COLUMNS), jnp.float32, transforms=_F32),
       **_scratch(pl.cdiv(steps, splits), chunk, (chunk, _COLUMNS),
-                 4 * _ROWS * _COLUMNS))(hidden_NxF, count, down_FxD)
+                 4 * _ROWS * _COLUMNS))(hidden_NxF, down_FxD)
 
 
 def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
@@ -353,14 +323,14 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                up_activation: Activation) -> tuple[jax.Array, jax.Array]:
   """As `api.sparse_ffn`, for at most 64 tokens."""
   tokens = x_BxD.shape[0]
-  more = (0, -tokens % 8), (0, 0)  # A copy is of eights.
-  x_NxD = jnp.pad(x_BxD, more)
-  score_NxF, statistics = _scores(x_NxD, gate_FxR, up_FxU, down_FxD)
+  more = (0, -tokens % _EIGHT), (0, 0)  # A copy is of eights.
+  products, statistics = _products(jnp.pad(x_BxD, more), gate_FxR, up_FxU)
   if not isinstance(select, (Elementwise, StatisticalTopk)):
     # Of the whole row: XLA's work.
-    score_NxF = jnp.pad(select(score_NxF[:tokens]), more)
+    products[0] = jnp.pad(select(products[0][:tokens]), more)
     select = Elementwise(linear)
-  hidden_NxF, count = _hidden(select, up_activation, score_NxF, statistics,
-                              x_NxD, up_FxU, down_FxD)
-  y, active = _down(hidden_NxF, count, down_FxD)
-  return y.sum(0)[:tokens].astype(x_BxD.dtype), active[:tokens]
+  hidden_NxF, count = _hidden(select, up_activation, products, statistics,
+                              down_FxD)
+  y = _down(hidden_NxF, down_FxD)
+  return (y.sum(0)[:tokens].astype(x_BxD.dtype),
+          count.sum(1)[:tokens].astype(jnp.int32))
