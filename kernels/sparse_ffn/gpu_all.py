@@ -2,16 +2,15 @@
 
 Together so many tokens activate nearly every neuron of one, so nothing is
 skipped: rows of inactive neurons are multiplied by 0. What is left to gain is
-that the threshold, the activation and the product of the branches take no time
-of their own.
+that the threshold, the activation and the product of the branches take little
+time of their own.
 
 Three kernels. The first streams `gate` and `up` through the tensor cores, tokens
 being the 64 rows of a product whatever their number, and leaves both products of
 a tile of neurons, the scores' mean and their squared deviations. The second makes
 thresholds of the tiles' statistics, and of scores what `down` multiplies. The
 third streams `down`, some columns and some neurons a thread block; XLA adds the
-blocks' sums in a fixed order. The second reads little, so meanwhile it asks for
-the beginning of `down`.
+blocks' sums in a fixed order.
 """
 
 import dataclasses
@@ -39,9 +38,6 @@ _COLUMNS = 128
 # Shared memory of a block, which is alone on its multiprocessor.
 _SHARED_BYTES = 225 * 1024
 _PROCESSORS = 132
-# Of the copies of each of the last kernel's thread blocks, for how many the
-# kernel before asks: memory brings these 12 MB meanwhile.
-_AHEAD = 3
 # Tiles whose statistics are added up together.
 _PIECE = 32
 _SWIZZLE = plgpu.SwizzleTransform(128)
@@ -147,21 +143,6 @@ def _splits(shape: tuple[int, int]) -> tuple[int, int, int]:
   return tiles, blocks, min(tiles, max(1, _PROCESSORS // blocks))
 
 
-def _prefetch_down(gmem, worker, workers: int) -> None:
-  """Asks for a share of what the blocks of `_down` will read first."""
-  size, (tiles, blocks, splits) = _tile(gmem.shape[0]), _splits(gmem.shape)
-  copies = blocks * splits * min(_AHEAD, tiles // splits)
-  for first in range(0, copies, workers):
-    copy = first + worker
-
-    @pl.when(copy < copies)
-    def _(copy=copy):
-      step, block = copy // blocks, copy % blocks
-      step = step % splits * tiles // splits + step // splits
-      plgpu.async_prefetch(gmem.at[pl.ds(step * size, size),
-                                   pl.ds(block * _COLUMNS, _COLUMNS)])
-
-
 def _send(x, smem, gmem) -> None:
   """Writes an array's first rows to global memory, by way of shared memory."""
   smem[...] = x
@@ -258,7 +239,7 @@ def _products(x_NxD, gate_FxR, up_FxU):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _hidden(select, up_activation, products, statistics, down_FxD):
+def _hidden(select, up_activation, products, statistics):
   """What `down` multiplies (N, F), and blocks' active neurons (N, blocks)."""
   tokens, neurons = products[0].shape
   tiles, size = neurons // _tile(neurons), _tile(neurons)
@@ -267,7 +248,7 @@ def _hidden(select, up_activation, products, statistics, down_FxD):
 
   def write_hidden(*refs):
     product_gmems, refs = refs[:len(products)], refs[len(products):]
-    statistics_gmem, down_gmem, hidden_gmem, count_gmem = refs
+    statistics_gmem, hidden_gmem, count_gmem = refs
     block, eight = lax.axis_index("block"), lax.axis_index("split")
     rows = pl.ds(eight * _EIGHT, _EIGHT)
     where = rows, pl.ds(block * columns, columns)
@@ -275,7 +256,6 @@ def _hidden(select, up_activation, products, statistics, down_FxD):
                   for i in range(2)]
     score, *up = (mosaic_gpu.load(gmem.at[where], _TOKENS, optimized=False)
                   for gmem in product_gmems)
-    _prefetch_down(down_gmem, eight * grid[0] + block, math.prod(grid))
     if isinstance(select, StatisticalTopk):
       theta = _threshold(select, statistics, tiles, size)
       score = jnp.maximum(score - _across(theta, score.shape, _TOKENS), 0.0)
@@ -288,7 +268,7 @@ def _hidden(select, up_activation, products, statistics, down_FxD):
 
   out = (jax.ShapeDtypeStruct((tokens, neurons), jnp.bfloat16),
          jax.ShapeDtypeStruct((tokens, grid[0]), jnp.float32))
-  return _kernel(write_hidden, out, grid)(*products, statistics, down_FxD)
+  return _kernel(write_hidden, out, grid)(*products, statistics)
 
 
 @jax.jit
@@ -329,8 +309,7 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
     # Of the whole row: XLA's work.
     products[0] = jnp.pad(select(products[0][:tokens]), more)
     select = Elementwise(linear)
-  hidden_NxF, count = _hidden(select, up_activation, products, statistics,
-                              down_FxD)
+  hidden_NxF, count = _hidden(select, up_activation, products, statistics)
   y = _down(hidden_NxF, down_FxD)
   return (y.sum(0)[:tokens].astype(x_BxD.dtype),
           count.sum(1)[:tokens].astype(jnp.int32))
