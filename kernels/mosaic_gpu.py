@@ -4,7 +4,9 @@ from collections.abc import Callable
 import math
 
 import jax
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
@@ -15,6 +17,18 @@ PARAMS = plgpu.CompilerParams(
 
 # Whether kernels can put arrays together.
 CONCATENATES = jax.__version_info__ >= (0, 11)
+
+
+# Of a vector, 32 numbers or a multiple, lane by lane; every warp has them all.
+LANES = plgpu.Layout.TILED(
+    plgpu.Tiling(((32,), (1,))), warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-2,), vector_dim=-1)
+# A copy's longest dimension: a long row is (columns / 256, 256).
+COLUMNS = 256
+# Of four such rows, a row a warp, 8 columns a thread.
+ROW_A_WARP = plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 1, COLUMNS), (8,))), warp_dims=(-4,), lane_dims=(-2,),
+    vector_dim=-1)
 
 
 def load(ref, layout, *, optimized: bool = True) -> jax.Array:
@@ -35,6 +49,24 @@ def store(ref, value: jax.Array) -> None:
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value
+
+
+def load_row(ref) -> jax.Array:
+  """A row (columns / 256, 256) in float32, which every warp has."""
+  return load(ref, ROW_A_WARP.reduce(0), optimized=False).astype(jnp.float32)
+
+
+def row_products(rows_ref, row: jax.Array) -> jax.Array:
+  """Products of four rows (4, columns / 256, 256) with one, (4,) in float32.
+
+  Args:
+    rows_ref: in shared memory.
+    row: from `load_row`.
+  """
+  rows = load(rows_ref, ROW_A_WARP)
+  row = plgpu.layout_cast(lax.broadcast_in_dim(row, rows.shape, (1, 2)),
+                          ROW_A_WARP)
+  return (rows.astype(jnp.float32) * row).sum(1).sum(1)
 
 
 def cluster_sync(barrier, meanwhile: Callable[[], None] = lambda: None

@@ -43,9 +43,45 @@ def add_norm(x_NxD: jax.Array, y_NxD: jax.Array, y_scale_D: jax.Array,
   Raises:
     ValueError: where the implementation that was asked for cannot serve.
   """
+  return _checked(implementation, x_NxD).add_norm(x_NxD, y_NxD, y_scale_D,
+                                                  scale_D, epsilon)
+
+
+def add_norm_and_project(
+    x_NxD: jax.Array, y_NxD: jax.Array, y_scale_D: jax.Array,
+    scale_D: jax.Array, rows_FxD: jax.Array, *, epsilon: float,
+    implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+  """`add_norm`, and the norm's products with rows: where it can, one kernel.
+
+  Args:
+    x_NxD: as `add_norm` has it, like the next three.
+    y_NxD: what is added.
+    y_scale_D: of y's norm.
+    scale_D: of the sum's.
+    rows_FxD: a projection's, in the same type; as long as what it multiplies.
+    epsilon: as `add_norm` has it.
+    implementation: likewise.
+
+  Returns:
+    The sum (N, D), and the products (N, F) in x's type.
+
+  Raises:
+    ValueError: as `add_norm`.
+  """
+  module = _checked(implementation, x_NxD)
+  arrays = x_NxD, y_NxD, y_scale_D, scale_D
+  takes_in = getattr(module, "takes_in_rows", None)
+  if takes_in and takes_in(x_NxD, rows_FxD):
+    return module.add_norm_and_project(*arrays, rows_FxD, epsilon)
+  x_NxD, norm_NxD = module.add_norm(*arrays, epsilon)
+  contract = ((1,), (1,)), ((), ())
+  return x_NxD, jax.lax.dot_general(norm_NxD, rows_FxD, contract)
+
+
+def _checked(implementation: str | None, x_NxD: jax.Array):
+  """The implementation's module, if it can serve such an array."""
   implementation = implementation or choose(jax.devices()[0], x_NxD)
   reason = unsupported(implementation, x_NxD)
   if reason:
     raise ValueError(f"implementation={implementation!r}: {reason}")
-  return _module(implementation).add_norm(x_NxD, y_NxD, y_scale_D, scale_D,
-                                          epsilon)
+  return _module(implementation)

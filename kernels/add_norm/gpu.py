@@ -1,7 +1,8 @@
 """The operation in Pallas Mosaic GPU, for NVIDIA Hopper.
 
 A thread block a token holds the token in registers between the two norms. For
-one token XLA starts four kernels, each of which takes as long.
+one token XLA starts four kernels, each of which takes as long. Where the norm
+is projected, `gpu_project` has one kernel for all.
 """
 
 import functools
@@ -13,9 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.add_norm.gpu_project import (
+    add_norm_and_project as add_norm_and_project)
+from sparse_lm.kernels.add_norm.gpu_project import (
+    takes_in_rows as takes_in_rows)
+from sparse_lm.kernels.add_norm.gpu_token import load_and_add
 
-# Numbers of a token in one load: 4 a thread.
-_COLUMNS = 512
 _MAX_COLUMNS = 8192
 _MAX_TOKENS = 64
 
@@ -31,34 +35,6 @@ def unsupported(x_NxD: jax.Array) -> str | None:
   if tokens > _MAX_TOKENS:
     return f"serves {_MAX_TOKENS} tokens, not {tokens}"
   return None
-
-
-def load_and_add(refs, epsilon: float) -> tuple[jax.Array, jax.Array]:
-  """x + norm(y) and its norm, for one token, in every block that asks.
-
-  Args:
-    refs: x, y, y's scale and the sum's, each (D,).
-    epsilon: added to mean squares.
-
-  Returns:
-    Both (D,) in bfloat16, spread over a warpgroup.
-  """
-  columns = refs[0].shape[0]
-  vector = 4 if columns % _COLUMNS == 0 else 2
-  layout = plgpu.Layout.WG_STRIDED((columns,), vector)
-  x, y, y_scale, scale = (
-      mosaic_gpu.load(ref, layout, optimized=False) for ref in refs)
-
-  def norm(x, scale):
-    x = x.astype(jnp.float32)
-    mean_square = (x * x).sum() / columns
-    x = x * lax.rsqrt(mean_square + epsilon) * (1.0 + scale)
-    return x.astype(jnp.bfloat16)
-
-  # In float32 a sum of two bfloat16 numbers is rounded once, as by XLA.
-  x = x.astype(jnp.float32) + norm(y, y_scale).astype(jnp.float32)
-  x = x.astype(jnp.bfloat16)
-  return x, norm(x, scale)
 
 
 def _token(epsilon, x_gmem, y_gmem, y_scale_gmem, scale_gmem, sum_gmem,

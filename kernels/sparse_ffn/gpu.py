@@ -30,9 +30,10 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.add_norm import gpu as add_norm
+from sparse_lm.kernels.mosaic_gpu import COLUMNS, LANES
 from sparse_lm.kernels.sparse_ffn import gpu_all, gpu_rows, gpu_scores
-from sparse_lm.kernels.sparse_ffn.gpu_rows import COLUMNS, GROUP
-from sparse_lm.kernels.sparse_ffn.gpu_scores import CHUNK, LANES, TILE
+from sparse_lm.kernels.sparse_ffn.gpu_rows import GROUP
+from sparse_lm.kernels.sparse_ffn.gpu_scores import CHUNK, TILE
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  Select, StatisticalTopk,
                                                  linear)

@@ -5,12 +5,12 @@ skipped: rows of inactive neurons are multiplied by 0. What is left to gain is
 that the threshold, the activation and the product of the branches take little
 time of their own.
 
-Three kernels. The first streams `gate` and `up` through the tensor cores, tokens
-being the 64 rows of a product whatever their number, and leaves both products of
-a tile of neurons, the scores' mean and their squared deviations. The second makes
-thresholds of the tiles' statistics, and of scores what `down` multiplies. The
-third streams `down`, some columns and some neurons a thread block; XLA adds the
-blocks' sums in a fixed order.
+Three kernels. The first streams `gate` and `up` through the tensor cores,
+tokens being the 64 rows of a product whatever their number, and leaves both
+products of a tile of neurons, the scores' mean and their squared deviations.
+The second makes thresholds of the tiles' statistics, and of scores what `down`
+multiplies. The third streams `down`, some columns and some neurons a thread
+block; XLA adds the blocks' sums in a fixed order.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _SWIZZLE = plgpu.SwizzleTransform(128)
 _BF16 = (plgpu.TilingTransform((8, 64)), _SWIZZLE)
 _F32 = (plgpu.TilingTransform((8, 32)), _SWIZZLE)
 _WGMMA = plgpu.Layout.WGMMA
-# Tokens of a block of the second kernel, two a warp: of (8, 32), or longer rows.
+# Tokens of a block of the second kernel, two a warp: of (8, 32) or longer rows.
 _EIGHT = 8
 _TOKENS = plgpu.Layout.TILED(
     plgpu.Tiling(((_EIGHT, 32), (2, 32), (2,))), warp_dims=(-5,),
@@ -202,7 +202,8 @@ def _products(x_NxD, gate_FxR, up_FxU):
           for n in range(len(weights) + 1)]
 
   def write_products(x_gmem, *refs, y_smem, **smem):
-    gmems, (*y_gmems, statistics_gmem) = refs[:len(weights)], refs[len(weights):]
+    gmems = refs[:len(weights)]
+    *y_gmems, statistics_gmem = refs[len(weights):]
     tile = lax.axis_index("block")
     rows = pl.ds(tile * size, size)
 

@@ -9,17 +9,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
-from sparse_lm.kernels.sparse_ffn.gpu_scores import LANES
+from sparse_lm.kernels.mosaic_gpu import LANES
 from sparse_lm.kernels.sparse_ffn.select import Activation
 
 # Neurons that are listed together: a lane a neuron, a bit a neuron.
 GROUP = 32
-# A copy's longest dimension: a row is (columns / 256, 256).
-COLUMNS = 256
-# Of four rows, a row a warp, 8 columns a thread.
-_ROW_A_WARP = plgpu.Layout.TILED(
-    plgpu.Tiling(((4, 1, COLUMNS), (8,))), warp_dims=(-4,), lane_dims=(-2,),
-    vector_dim=-1)
 
 
 def batch(columns: list[int], places: int, budget: int) -> int:
@@ -68,10 +62,9 @@ def scratch(parts: int, neurons: int, places: int, budget: int,
 
 def load_x(x_gmem, token, columns: int) -> jax.Array:
   """The last columns of a token, (columns / 256, 256) in float32."""
-  first = x_gmem.shape[1] - columns // COLUMNS
-  return mosaic_gpu.load(
-      x_gmem.at[token, pl.ds(first, columns // COLUMNS)],
-      _ROW_A_WARP.reduce(0), optimized=False).astype(jnp.float32)
+  pieces = columns // mosaic_gpu.COLUMNS
+  first = x_gmem.shape[1] - pieces
+  return mosaic_gpu.load_row(x_gmem.at[token, pl.ds(first, pieces)])
 
 
 def _list_active(activations: list[jax.Array], activation_smem, active_smem
@@ -159,12 +152,9 @@ def add_rows(part, first_neuron, activations: list[jax.Array], x,
     What no copy has filled may hold anything; nothing reads what it makes.
     """
     plgpu.barrier_wait(smem["up_barriers"].at[part * places + place])
-    up = mosaic_gpu.load(smem["up"].at[part, place], _ROW_A_WARP)
-    x_rows = plgpu.layout_cast(lax.broadcast_in_dim(x, up.shape, (1, 2)),
-                               _ROW_A_WARP)
-    product = (up.astype(jnp.float32) * x_rows).sum(1).sum(1)
+    product = mosaic_gpu.row_products(smem["up"].at[part, place], x)
     hidden = mosaic_gpu.load(hidden_smem.at[place],
-                             _ROW_A_WARP.reduce((1, 2)))
+                             mosaic_gpu.ROW_A_WARP.reduce((1, 2)))
     hidden_smem[place] = hidden * mosaic_gpu.inlined(up_activation)(product)
     plgpu.commit_smem()
 

@@ -7,7 +7,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
-from sparse_lm.kernels.add_norm.gpu import load_and_add
+from sparse_lm.kernels.add_norm.gpu_token import load_and_add
+from sparse_lm.kernels.mosaic_gpu import LANES
 from sparse_lm.kernels.sparse_ffn.select import StatisticalTopk
 
 # Neurons of a tile: the rows of the smallest tensor core product.
@@ -26,10 +27,6 @@ _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _EIGHT = plgpu.Layout.TILED(
     plgpu.Tiling(((TOKENS, CHUNK), (4, 64), (8,))), warp_dims=(-4,),
     lane_dims=(-3, -2), vector_dim=-1)
-# Of a vector, 32 numbers or a multiple, lane by lane; every warp has them all.
-LANES = plgpu.Layout.TILED(
-    plgpu.Tiling(((32,), (1,))), warp_dims=(plgpu.Replicated(4),),
-    lane_dims=(-2,), vector_dim=-1)
 
 
 def scratch(width: int, added: bool = False) -> dict:
@@ -104,7 +101,7 @@ def add_and_norm(refs, epsilon: float, sum_gmem, norm_gmem, norm_smem, x_smem
   """The one token is norm(x + norm(y)): a kernel less, while the gate comes.
 
   Args:
-    refs: as `add_norm.gpu.load_and_add` has them.
+    refs: as `load_and_add` has them.
     epsilon: likewise.
     sum_gmem: written by the first block, (D,): x + norm(y).
     norm_gmem: likewise, its norm.

@@ -135,14 +135,30 @@ class CachedAttention(Attention):
                segments_BxL: jax.Array | None, window: jax.Array | int,
                cache: LayerCache | SplitCache | None):
     """As `Attention`; one token, where a kernel does all of it, by that."""
-    if (x_BxLxD.shape[1] > 1
-        or getattr(cache, "implementation", None) != "pallas_gpu"):
+    if not self.steps(x_BxLxD, cache):
       return super().__call__(x_BxLxD, positions_BxL, segments_BxL, window,
                               cache)
-    x_BxLxD = sparsify_input(x_BxLxD, self.inputs)
-    rows_BxRxE = project_rows(x_BxLxD, self.in_PxD[...]).reshape(
-        x_BxLxD.shape[0], -1, self.config.head_dim)
-    positions_B = positions_BxL[:, 0]
+    x_Bx1xD = sparsify_input(x_BxLxD, self.inputs)
+    return self.step(project_rows(x_Bx1xD, self.in_PxD[...]), positions_BxL,
+                     window, cache)
+
+  def steps(self, x_BxLxD: jax.Array, cache: LayerCache | SplitCache | None
+            ) -> bool:
+    """Whether a kernel does all of it: for one token a row."""
+    return (x_BxLxD.shape[1] == 1
+            and getattr(cache, "implementation", None) == "pallas_gpu")
+
+  def takes_products(self, x_BxLxD: jax.Array,
+                     cache: LayerCache | SplitCache | None) -> bool:
+    """Whether `step` does, and its input is projected as it is."""
+    return self.steps(x_BxLxD, cache) and self.inputs.sparsifier == "none"
+
+  def step(self, product_Bx1xP: jax.Array, positions_Bx1: jax.Array,
+           window: jax.Array | int, cache: KernelCache | SplitCache):
+    """What follows the first projection, where `steps` holds."""
+    batch = product_Bx1xP.shape[0]
+    rows_BxRxE = product_Bx1xP.reshape(batch, -1, self.config.head_dim)
+    positions_B = positions_Bx1[:, 0]
     # The same in all layers: XLA computes it once.
     angles_BxT = jnp.concatenate(
         [rope_angles(positions_B, width, self.config.rope_base)
@@ -150,11 +166,12 @@ class CachedAttention(Attention):
     rotary_Bx2xT = jnp.stack([jnp.cos(angles_BxT), jnp.sin(angles_BxT)], 1)
     mixed_BxKxGxE, attended_B, cache = cache.step(
         rows_BxRxE, rotary_Bx2xT, positions_B + 1, window, self.config)
-    mixed_BxLxHxE = mixed_BxKxGxE.reshape(
-        *x_BxLxD.shape[:2], self.config.num_query_heads, -1)
-    mixed_BxLxHxE = sparsify_input(mixed_BxLxHxE, self.inputs, axes=2)
-    seen_BxL = jnp.minimum(positions_BxL + 1, window)
-    return self.project_out(mixed_BxLxHxE), attended_B[:, None], seen_BxL, cache
+    mixed_Bx1xHxE = mixed_BxKxGxE.reshape(
+        batch, 1, self.config.num_query_heads, -1)
+    mixed_Bx1xHxE = sparsify_input(mixed_Bx1xHxE, self.inputs, axes=2)
+    seen_Bx1 = jnp.minimum(positions_Bx1 + 1, window)
+    return (self.project_out(mixed_Bx1xHxE), attended_B[:, None], seen_Bx1,
+            cache)
 
   def _turned_widths(self) -> list[int]:
     """Of the parts of a head that rotary positions turn by themselves."""

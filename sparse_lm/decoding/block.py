@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 
 from sparse_lm.decoding.layers import NeuronMajorFFN
-from sparse_lm.kernels.add_norm import add_norm
+from sparse_lm.kernels.add_norm import add_norm, add_norm_and_project
 from sparse_lm.model.cache import LayerCache
 from sparse_lm.model.layers import RMSNorm
 from sparse_lm.model.transformer import Block, Layer, sum_up
@@ -30,12 +30,20 @@ class AddNorm(nnx.Module):
     """The stream, all of it added, and its norm: both (B, L, D)."""
     if not isinstance(stream, tuple):
       return stream, self.norm(stream)
-    x_BxLxD, y_BxLxD = stream
-    x, norm = add_norm(
-        *(a.reshape(-1, a.shape[-1]) for a in (x_BxLxD, y_BxLxD)),
-        self.out_norm.scale_D[...], self.norm.scale_D[...],
-        epsilon=self.norm.epsilon)
-    return x.reshape(x_BxLxD.shape), norm.reshape(x_BxLxD.shape)
+    x, norm = add_norm(*self._arrays(stream), epsilon=self.norm.epsilon)
+    return tuple(a.reshape(stream[0].shape) for a in (x, norm))
+
+  def add_and_project(self, stream: tuple[jax.Array, jax.Array],
+                      rows_PxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of one token a row: the stream, and its norm's products (B, 1, P)."""
+    x, product = add_norm_and_project(*self._arrays(stream), rows_PxD,
+                                      epsilon=self.norm.epsilon)
+    return x.reshape(stream[0].shape), product[:, None]
+
+  def _arrays(self, stream) -> list[jax.Array]:
+    """What the kernels take, tokens being rows."""
+    return [*(a.reshape(-1, a.shape[-1]) for a in stream),
+            self.out_norm.scale_D[...], self.norm.scale_D[...]]
 
   def __call__(self, stream: Stream) -> jax.Array:
     return self.add(stream)[1]
@@ -59,9 +67,16 @@ class DecodingBlock(nnx.Module):
                segments_BxL: jax.Array | None, cache: LayerCache | None,
                measures: Sequence[str]):
     """As `Block`, of a stream whose last output is not yet added."""
-    x_BxLxD, normed_BxLxD = self.enter.add(stream)
-    y_BxLxD, attended_BxL, visible_BxL, cache = self.attention(
-        normed_BxLxD, positions_BxL, segments_BxL, layer.window, cache)
+    if isinstance(stream, tuple) and self.attention.takes_products(
+        stream[0], cache):
+      x_BxLxD, product_Bx1xP = self.enter.add_and_project(
+          stream, self.attention.in_PxD[...])
+      y_BxLxD, attended_BxL, visible_BxL, cache = self.attention.step(
+          product_Bx1xP, positions_BxL, layer.window, cache)
+    else:
+      x_BxLxD, normed_BxLxD = self.enter.add(stream)
+      y_BxLxD, attended_BxL, visible_BxL, cache = self.attention(
+          normed_BxLxD, positions_BxL, segments_BxL, layer.window, cache)
     if isinstance(self.ffn, NeuronMajorFFN) and self.ffn.skips(x_BxLxD):
       x_BxLxD, y_BxLxD, neurons = self.ffn.add_norm_and_call(
           x_BxLxD, y_BxLxD, self.between.out_norm, self.between.norm)

@@ -1,12 +1,15 @@
 """The sum and its norm against float64; tests/gpu has what needs a GPU."""
 
+import functools
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels.add_norm import add_norm, choose, unsupported
+from sparse_lm.kernels.add_norm import (add_norm, add_norm_and_project, choose,
+                                        gpu_project, unsupported)
 
 VERSION = jax.__version_info__
 # Before jax 0.12 the GPU's interpret mode has one thread block.
@@ -15,21 +18,22 @@ ON_CPU = ["xla", pytest.param("pallas_gpu", marks=pytest.mark.skipif(
     VERSION < (0, 11), reason="needs GPU interpret mode, of jax 0.11"))]
 
 
-def make(columns=768, dtype=jnp.bfloat16):
+def make(columns=768, dtype=jnp.bfloat16, tokens=TOKENS):
   rng = np.random.default_rng(0)
-  x, y = (jnp.array(rng.normal(size=(TOKENS, columns)) * s, dtype)
+  x, y = (jnp.array(rng.normal(size=(tokens, columns)) * s, dtype)
           for s in (3, 0.01))
   return [x, y, *(jnp.array(rng.normal(size=columns), jnp.float32)
                   for _ in range(2))]
 
 
-def run(arrays, implementation):
+def run(arrays, implementation, function=add_norm):
+  call = functools.partial(function, *arrays, epsilon=1e-6,
+                           implementation=implementation)
   if implementation == "xla":
-    return add_norm(*arrays, epsilon=1e-6, implementation="xla")
+    return call()
   with plgpu.force_gpu_interpret_mode(
       plgpu.InterpretGPUParams(detect_races=True)):
-    return jax.device_get(add_norm(*arrays, epsilon=1e-6,
-                                   implementation=implementation))
+    return jax.device_get(call())
 
 
 def norm(x, scale):
@@ -60,6 +64,48 @@ def test_what_is_not_finite_shows(implementation, where):
   assert np.isnan(np.asarray(a, np.float32)).any()
 
 
+# One thread block's rows, or what several have; two times four a warpgroup.
+ROWS = [(16, 1)] + [(32, 1), (64, 2)] * (VERSION >= (0, 12))
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("rows, batches", ROWS)
+def test_projection_against_the_formula(monkeypatch, implementation, rows,
+                                        batches):
+  monkeypatch.setattr(gpu_project, "_batches", lambda rows: batches)
+  jax.clear_caches()
+  arrays = make(tokens=1)
+  rng = np.random.default_rng(1)
+  weights = jnp.array(rng.normal(size=(rows, 768)), jnp.bfloat16)
+  assert gpu_project.takes_in_rows(arrays[0], weights)
+  total, product = run([*arrays, weights], implementation, add_norm_and_project)
+  expected, normed = run(arrays, "xla")
+  np.testing.assert_array_equal(total, expected)
+  expected = (np.asarray(normed, np.float64)
+              @ np.asarray(weights, np.float64).T)
+  assert product.dtype == jnp.bfloat16 and product.shape == (1, rows)
+  assert np.abs(product - expected).max() < 4e-3 * np.abs(expected).max()
+  # What is not finite in one row shows there alone.
+  weights = weights.at[rows - 1, 700].set(jnp.nan)
+  _, product = run([*arrays, weights], implementation, add_norm_and_project)
+  np.testing.assert_array_equal(np.isnan(np.asarray(product, np.float32))[0],
+                                np.arange(rows) == rows - 1)
+  jax.clear_caches()
+
+
+def test_a_projection_is_taken_in_where_it_fits():
+  def takes_in(tokens, rows, columns=2304, dtype=jnp.bfloat16):
+    return gpu_project.takes_in_rows(
+        jax.ShapeDtypeStruct((tokens, columns), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows, columns), dtype))
+
+  assert takes_in(1, 4096) and takes_in(1, 2048, 4096)
+  assert not takes_in(2, 4096)
+  assert not takes_in(1, 4104)  # Not whole blocks.
+  assert not takes_in(1, 13824)  # Too much memory.
+  assert not takes_in(1, 4096, dtype=jnp.float32)
+
+
 def test_what_the_kernel_cannot_take():
   x = make()[0]
   assert unsupported("xla", x) is unsupported("pallas_gpu", x) is None
@@ -78,7 +124,18 @@ def test_what_the_kernel_cannot_take():
 def test_lowers_at_the_shapes_of_a_2b_model():
   x = jax.ShapeDtypeStruct((8, 2304), jnp.bfloat16)
   scale = jax.ShapeDtypeStruct((2304,), jnp.float32)
-  lowered = jax.jit(lambda *a: add_norm(
-      *a, epsilon=1e-6, implementation="pallas_gpu")).trace(
-          x, x, scale, scale).lower(lowering_platforms=("cuda",))
-  assert lowered.as_text().count("@mosaic_gpu") == 1
+  rows = jax.ShapeDtypeStruct((4096, 2304), jnp.bfloat16)
+
+  def lower(function, *arrays):
+    call = functools.partial(function, epsilon=1e-6,
+                             implementation="pallas_gpu")
+    return jax.jit(call).trace(*arrays).lower(
+        lowering_platforms=("cuda",)).as_text()
+
+  text = lower(add_norm, x, x, scale, scale)
+  assert text.count("@mosaic_gpu") == 1
+  one = jax.ShapeDtypeStruct((1, 2304), jnp.bfloat16)
+  text = lower(add_norm_and_project, one, one, scale, scale, rows)
+  assert text.count("@mosaic_gpu") == 1 and "dot_general" not in text
+  text = lower(add_norm_and_project, x, x, scale, scale, rows)
+  assert text.count("@mosaic_gpu") == 1 and "dot_general" in text
