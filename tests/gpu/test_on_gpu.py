@@ -13,7 +13,7 @@ from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
 from sparse_lm.decoding import Decoder, Greedy
 from sparse_lm.decoding import decoder as decoding
 from sparse_lm.kernels import sparse_attention as attention
-from sparse_lm.kernels.add_norm import add_norm
+from sparse_lm.kernels.add_norm import add_norm, add_norm_and_project
 from sparse_lm.kernels.dense_attention import write_and_attend
 from sparse_lm.kernels.spark_attention import spark_attention
 from sparse_lm.kernels.sparse_attention import sparse_attention
@@ -162,6 +162,20 @@ def test_add_norm():
     assert error(a, b) < 5e-3
 
 
+@pytest.mark.parametrize("rows", [2048, 4096])
+def test_projection_after_add_norm(rows):
+  x, y = (jax.random.normal(jax.random.key(i), (1, 2304), jnp.bfloat16)
+          for i in range(2))
+  scales = [jax.random.normal(jax.random.key(i), (2304,)) for i in (2, 3)]
+  weights = jax.random.normal(jax.random.key(4), (rows, 2304), jnp.bfloat16)
+  got, expected = (
+      add_norm_and_project(x, y, *scales, weights, epsilon=1e-6,
+                           implementation=name)
+      for name in ("pallas_gpu", "xla"))
+  for a, b in zip(got, expected):
+    assert error(a, b) < 5e-3
+
+
 def test_sparse_ffn_after_add_norm():
   """As in two steps."""
   x, *rest = make(SPARK, 1)
@@ -179,8 +193,9 @@ def test_sparse_ffn_after_add_norm():
   assert abs(int(got[2][0]) - int(count[0])) <= 4
 
 
-@pytest.mark.parametrize("shape", ["spark", "dense"])
-def test_decoding_attends_by_kernels(monkeypatch, shape):
+@pytest.mark.parametrize("shape, rows", itertools.product(
+    ["spark", "dense"], [1, 3]))
+def test_decoding_attends_by_kernels(monkeypatch, shape, rows):
   """They draw what the attention that training has draws."""
   config = ModelConfig(
       vocab_size=64, context_length=256, num_layers=2, model_dim=512,
@@ -190,7 +205,7 @@ def test_decoding_attends_by_kernels(monkeypatch, shape):
                                 head_dim=256, predictor_dim=128, top_k=24,
                                 sliding_window=40, logit_softcap=50.0))
   params = nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(0))))
-  prompts = [[3, 1, 4, 1, 5], [9], list(range(10, 31)) * 3]
+  prompts = [list(range(10, 31)) * 3, [3, 1, 4, 1, 5], [9]][:rows]
   drawn = []
   for expected in ("pallas_gpu", "dense"):
     decoder = Decoder(config, params)
