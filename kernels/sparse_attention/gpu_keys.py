@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_attention.statistics import (
-    ROWS, by_query, lanes, leave_statistics, seen_rows, threshold, total)
+    ROWS, by_query, lanes, seen_rows, send_statistics, threshold, total)
 from sparse_lm.kernels.token_attention import (
     BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, all_fit, block_sync,
     capped, no_values, products, start_copies, store_row)
@@ -35,14 +35,11 @@ class Memory:
     key1_gmem: (heads, S / 16, 4, 4, P).
     key2_gmem: (heads, S / 16, 4, 4, U).
     value_gmem: (heads, S / 16, 4, 4, E).
-    state_gmem: as `leave_statistics` has it.
-    part_gmem: as `join_memory` has it, like all whose names are there.
-    sum_gmem: likewise.
     y_gmem: written, (heads, G, E).
     count_gmem: written, (heads, G), int32.
     query_smem: as `rows_memory` makes it.
     newest_smem: likewise.
-    score_smem: as `leave_statistics` has it.
+    score_smem: as `send_statistics` has it.
     least_smem: of each query's kept scores.
     best_smem: of each query's, capped.
     weight_smem: weights of 16 keys of each warpgroup, of two rounds; below 0
@@ -53,6 +50,8 @@ class Memory:
     value_smem: values.
     key1_barrier: when first parts are there.
     rest_barrier: when second parts and values are.
+    state_smem: as `state_memory` makes it.
+    part_smem: as `join_memory` makes it, like all whose names are there.
     second_smem: what weights are multiplied with, where all are copied.
     list_smem: else the keys of each warpgroup that some query keeps.
     picked_smem: scores of 16 listed keys, twice.
@@ -65,9 +64,6 @@ class Memory:
   key1_gmem: jax.Array
   key2_gmem: jax.Array
   value_gmem: jax.Array
-  state_gmem: jax.Array
-  part_gmem: jax.Array
-  sum_gmem: jax.Array
   y_gmem: jax.Array
   count_gmem: jax.Array
   query_smem: jax.Array
@@ -80,10 +76,12 @@ class Memory:
   value_smem: jax.Array
   key1_barrier: jax.Array
   rest_barrier: jax.Array
+  state_smem: jax.Array
   part_smem: jax.Array
   sum_smem: jax.Array
+  all_part_smem: jax.Array
+  all_sum_smem: jax.Array
   block_barrier: jax.Array
-  cluster_barrier: jax.Array
   key2_smem: jax.Array | None = None
   second_smem: jax.Array | None = None
   list_smem: jax.Array | None = None
@@ -207,15 +205,15 @@ class Warpgroup:
                                            self.m.query_smem.at[:, _SECOND])]
 
   def find_thresholds(self) -> None:
-    """Leaves statistics for the cluster, and reads what it has."""
+    """Sends the cluster statistics, and reads what it has."""
     at, m = self.at, self.m
     first, last = at.rounds_of_block(self.start, self.end)
-    leave_statistics(at, m.score_smem, m.state_gmem, first // 2,
-                     (last + 1) // 2, self.start, self.end)
-    mosaic_gpu.cluster_sync(m.cluster_barrier, self.second_all)
+    send_statistics(at, m.score_smem, m.state_smem, first // 2,
+                    (last + 1) // 2, self.start, self.end)
+    mosaic_gpu.cluster_sync(self.second_all)
 
     def find(g):
-      least, best = threshold(at, m.state_gmem, g, self.quantile, self.start,
+      least, best = threshold(at, m.state_smem, g, self.quantile, self.start,
                               self.end)
       m.least_smem[g], m.best_smem[g] = least, capped(best, self.softcap)
 
