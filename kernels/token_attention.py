@@ -267,25 +267,29 @@ def spread(x: jax.Array, shape, axes, layout) -> jax.Array:
   return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), layout)
 
 
-def products(key_smem, query_smem) -> list[jax.Array]:
+def read_queries(query_smem) -> list[list[jax.Array]]:
+  """Of (G, columns), each query's pieces of 64."""
+  queries, width = query_smem.shape
+  return [[mosaic_gpu.load(query_smem.at[g, pl.ds(first, 64)],
+                           BY_KEY.reduce((0, 1)), optimized=False)
+           for first in range(0, width, 64)] for g in range(queries)]
+
+
+def products(key_smem, queries) -> list[jax.Array]:
   """Scaled products of (4, 4, columns) with each query, (4, 4) in float32.
 
   Args:
     key_smem: (4, 4, columns).
-    query_smem: (G, columns).
+    queries: as `read_queries` reads them.
   """
-  queries, width = query_smem.shape
-  totals = [None] * queries
-  for first in range(0, width, 64):
-    columns = pl.ds(first, 64)
-    key = mosaic_gpu.load(key_smem.at[:, :, columns], BY_KEY
+  totals = [None] * len(queries)
+  for i, pieces in enumerate(zip(*queries)):
+    key = mosaic_gpu.load(key_smem.at[:, :, pl.ds(i * 64, 64)], BY_KEY
                           ).astype(jnp.float32)
-    for g, total in enumerate(totals):
-      query = mosaic_gpu.load(query_smem.at[g, columns],
-                              BY_KEY.reduce((0, 1)), optimized=False)
-      product = key * spread(query, key.shape, (2,), BY_KEY)
+    for g, (piece, total) in enumerate(zip(pieces, totals)):
+      product = key * spread(piece, key.shape, (2,), BY_KEY)
       totals[g] = product if total is None else total + product
-  return [total.sum(2) * width ** -0.5 for total in totals]
+  return [total.sum(2) * key_smem.shape[2] ** -0.5 for total in totals]
 
 
 def capped(x, cap: float):

@@ -19,7 +19,8 @@ from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
     BY_COLUMN, BY_KEY, KEYS, OWN, WARPS, Place, add_values, block_sync, capped,
     cluster_size, fetch_rows, join, join_memory, kernel, make_bounds, no_values,
-    own_keys, products, rows_memory, spread, start_copies, store_row)
+    own_keys, products, read_queries, rows_memory, spread, start_copies,
+    store_row)
 
 # Copies of a warpgroup that are on their way.
 _STAGES = 2
@@ -153,7 +154,8 @@ class _Warpgroup:
     at, m, queries = self.at, self.m, range(self.group)
     self.wait(i, newest, *self.keys)
     seen = at.seen(i, start, end)
-    logits = products(m.key_smem.at[at.part, i % _STAGES], m.query_smem)
+    logits = products(m.key_smem.at[at.part, i % _STAGES],
+                      read_queries(m.query_smem))
     bests, divisors = zip(*(
         self.weigh(i, seen, logits[g], sums[0][g], sums[1][g], g)
         for g in queries))

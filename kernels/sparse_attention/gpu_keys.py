@@ -14,7 +14,7 @@ from sparse_lm.kernels.sparse_attention.statistics import (
     ROWS, by_query, lanes, seen_rows, send_statistics, threshold, total)
 from sparse_lm.kernels.token_attention import (
     BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, all_fit, block_sync,
-    capped, no_values, products, start_copies, store_row)
+    capped, no_values, products, read_queries, start_copies, store_row)
 
 # Width of both parts of a key, and of a value.
 PART, WIDTH = 128, 256
@@ -154,7 +154,13 @@ class Warpgroup:
 
   def score_all(self) -> None:
     """Leaves the scores of all rounds."""
-    lax.fori_loop(self.first, self.last, self.score, None)
+    def read():
+      return read_queries(self.m.query_smem.at[:, _FIRST])
+
+    # Once, where they fit in registers.
+    queries = read() if len(self.queries) <= 2 else None
+    lax.fori_loop(self.first, self.last,
+                  lambda i, _: self.score(i, queries or read()), None)
 
   def second_all(self) -> None:
     """Leaves what all rounds' weights are multiplied with."""
@@ -177,15 +183,14 @@ class Warpgroup:
         store_row(newest, *places)
       plgpu.commit_smem()
 
-  def score(self, i, _) -> None:
+  def score(self, i, queries) -> None:
     """Leaves the scores of round `i`."""
     at, m, stage = self.at, self.m, i % self.stages
     plgpu.barrier_wait(m.key1_barrier.at[at.part * self.stages + stage])
     # Where all is copied, the rest may still be on its way.
     rest = [] if self.eager else [(x, None, y) for x, _, y in self.rest]
     self.write_newest(i, self.first_parts, *rest)
-    for g, x in enumerate(products(m.key1_smem.at[at.part, stage],
-                                   m.query_smem.at[:, _FIRST])):
+    for g, x in enumerate(products(m.key1_smem.at[at.part, stage], queries)):
       mosaic_gpu.store(m.score_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)], x)
     if not self.all_fit:
       plgpu.commit_smem()
@@ -201,8 +206,8 @@ class Warpgroup:
 
   def seconds(self, key2_smem) -> list[jax.Array]:
     """What each query's weights are multiplied with."""
-    return [_softplus(x) for x in products(key2_smem,
-                                           self.m.query_smem.at[:, _SECOND])]
+    queries = read_queries(self.m.query_smem.at[:, _SECOND])
+    return [_softplus(x) for x in products(key2_smem, queries)]
 
   def find_thresholds(self) -> None:
     """Sends the cluster statistics, and reads what it has."""

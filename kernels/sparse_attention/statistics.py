@@ -46,10 +46,11 @@ def lanes(shape) -> list[jax.Array]:
 
 def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
   """Which keys of the `i`-th 8 rows of a warpgroup are visible."""
-  row = i * ROWS + row
-  before = row // WARPS * token_attention.PARTS + part
-  sixteen = before * at.cluster + at.block
-  slot = sixteen * OWN + row % WARPS * KEYS + key
+  everyone = token_attention.span() * at.cluster
+  # What is the same for each `i` by itself: it is reckoned once.
+  first = (row // WARPS * everyone + row % WARPS * KEYS + key
+           + (part * at.cluster + at.block) * OWN)
+  slot = first + i * (ROWS // WARPS * everyone)
   return (slot >= start) & (slot < end)
 
 
