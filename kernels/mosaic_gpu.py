@@ -101,6 +101,62 @@ def send(number_T: jax.Array, block_T: jax.Array, place_T: jax.Array, ref
                  for x in (number_T, block_T, place_T)), ref)
 
 
+def start_row(gmem, smem) -> None:
+  """Starts a warp's copy of a row, in `warp_map`: `wait_for_rows` waits for it.
+
+  A TMA copy has each of the warp's threads arrive at a barrier, twice, which
+  takes longer where there are many rows.
+
+  Args:
+    gmem: a row of whole 16 bytes.
+    smem: where it goes.
+  """
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+  def row_copy(_, gmem, smem):
+    ref = ir.MemRefType(gmem.type)
+    size = utils.bytewidth(ref.element_type) * math.prod(ref.shape)
+    addresses = [
+        llvm.ptrtoint(ir.IntegerType.get_signless(bits), utils.memref_ptr(ref))
+        for bits, ref in ((64, gmem), (32, smem))]
+    copies = "".join(
+        f"""setp.lt.u32 within, lane, {size - first};
+            @within cp.async.cg.shared.global [to+{first}], [from+{first}], 16;
+        """ for first in range(0, size, 512))
+    _run_ptx(f"""{{
+      .reg .pred within;
+      .reg .b32 lane, to;
+      .reg .b64 from;
+      mov.u32 lane, %laneid;
+      shl.b32 lane, lane, 4;
+      add.u32 to, $1, lane;
+      cvt.u64.u32 from, lane;
+      add.u64 from, from, $0;
+      {copies}
+    }}""", "l,r,~{memory}", *addresses)
+
+  row_copy(gmem, smem)
+
+
+def wait_for_rows(meanwhile: Callable[[], None]) -> None:
+  """Waits for what the thread's warpgroup has started by `start_row`.
+
+  Args:
+    meanwhile: called before; what it starts is not waited for.
+  """
+  @plgpu.inline_mgpu()
+  def row_commit(_):
+    _run_ptx("cp.async.commit_group;", "~{memory}")
+
+  @plgpu.inline_mgpu()
+  def row_wait(_):
+    _run_ptx("cp.async.wait_group 0;", "~{memory}")
+
+  row_commit()
+  meanwhile()
+  row_wait()
+  plgpu.commit_smem()  # The other threads have waited as well.
+
+
 def _run_ptx(text: str, constraints: str, *operands) -> None:
   llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints,
                   has_side_effects=True)

@@ -33,13 +33,13 @@ LIBTPU = (pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def gpu_clusters():
-  """Lets GPU interpret mode know what a cluster's blocks do."""
+def gpu_instructions():
+  """Teaches GPU interpret mode instructions that kernels use."""
   if jax.__version_info__ < (0, 12):  # It has no clusters.
     yield
     return
   spec = importlib.util.spec_from_file_location(
-      "gpu_clusters", pathlib.Path(__file__).with_name("gpu_clusters.py"))
+      "gpu_instructions", pathlib.Path(__file__).with_name("gpu_instructions.py"))
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   with module.interpreted():

@@ -96,8 +96,7 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
   return shared | dict(
       key1_smem=rows(stages, PART), value_smem=rows(BATCHES, WIDTH),
       list_smem=plgpu.SMEM((parts, rounds * OWN), jnp.int32), picked_smem=two,
-      key1_barrier=barrier(stages, 1),
-      rest_barrier=barrier(BATCHES, 2 * OWN))
+      key1_barrier=barrier(stages, 1))
 
 
 def _attend(heads, cluster, group, write, softcap, *refs, **scratch) -> None:

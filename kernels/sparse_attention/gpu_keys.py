@@ -49,7 +49,7 @@ class Memory:
     key2_smem: second parts, where all are copied.
     value_smem: values.
     key1_barrier: when first parts are there.
-    rest_barrier: when second parts and values are.
+    rest_barrier: when second parts and values are, where all are copied.
     state_smem: as `state_memory` makes it.
     part_smem: as `join_memory` makes it, like all whose names are there.
     second_smem: what weights are multiplied with, where all are copied.
@@ -75,7 +75,6 @@ class Memory:
   key1_smem: jax.Array
   value_smem: jax.Array
   key1_barrier: jax.Array
-  rest_barrier: jax.Array
   state_smem: jax.Array
   part_smem: jax.Array
   sum_smem: jax.Array
@@ -83,6 +82,7 @@ class Memory:
   all_sum_smem: jax.Array
   block_barrier: jax.Array
   key2_smem: jax.Array | None = None
+  rest_barrier: jax.Array | None = None
   second_smem: jax.Array | None = None
   list_smem: jax.Array | None = None
   picked_smem: jax.Array | None = None
@@ -294,7 +294,6 @@ class Warpgroup:
     """Starts the copies of up to 16 listed keys, which the warps take in turn.
     """
     at, m, place = self.at, self.m, batch % BATCHES
-    barrier = m.rest_barrier.at[at.part * BATCHES + place]
 
     @plgpu.warp_map
     def _(warp):
@@ -304,20 +303,15 @@ class Warpgroup:
         row, column = lax.div(key, KEYS), lax.rem(key, KEYS)
         own = at.sixteen(lax.div(row, WARPS)), lax.rem(row, WARPS), column
         for gmem, smem, _ in self.rest:
-          plgpu.copy_gmem_to_smem(gmem.at[at.head, *own],
-                                  smem.at[at.part, place, *to], barrier)
+          mosaic_gpu.start_row(gmem.at[at.head, *own],
+                               smem.at[at.part, place, *to])
         for g in self.queries:
           m.picked_smem[place, at.part, g, *to] = m.score_smem[
               g, at.part, row, column]
 
-      def copy_nothing():  # The barrier counts whole batches.
-        for _ in self.rest:
-          plgpu.barrier_arrive(barrier)
-
       for i in range(KEYS):
         listed = batch * OWN + i * WARPS + warp
         pl.when(listed < count)(functools.partial(copy, listed, (warp, i)))
-        pl.when(listed >= count)(copy_nothing)
 
   def add_batch(self, batch, count, sums):
     """Adds 16 listed keys."""
@@ -325,8 +319,8 @@ class Warpgroup:
     left = count - batch * OWN
     # The last batch's place and scores: read, or written.
     plgpu.commit_smem()
-    pl.when(left > OWN)(lambda: self.ask(batch + 1, count))
-    plgpu.barrier_wait(m.rest_barrier.at[at.part * BATCHES + place])
+    mosaic_gpu.wait_for_rows(
+        lambda: pl.when(left > OWN)(lambda: self.ask(batch + 1, count)))
     if self.write:
       # It is the last one; its copy may have been made before it was written.
       key = m.list_smem[at.part, count - 1]

@@ -1,7 +1,8 @@
-"""What GPU interpret mode lacks: how a cluster's blocks reach each other.
+"""What GPU interpret mode lacks, done on its memory and barriers.
 
-Kernels do that by instructions of their own, in `sparse_lm.kernels.mosaic_gpu`,
-which interpret mode passes over.
+How a cluster's blocks reach each other, and copies without barriers: kernels do
+that by instructions of their own, in `sparse_lm.kernels.mosaic_gpu`, which
+interpret mode passes over.
 """
 
 import dataclasses
@@ -59,6 +60,14 @@ def _barrier(token, mesh_location, thread, *, threads, wait):
   return token
 
 
+@gpu_callbacks.fail_on_exception
+def _copy_row(token, mesh_location, thread, keys, transforms):
+  (gmem, smem), (row, to) = keys, transforms
+  _, x = gpu_callbacks._get(token, mesh_location, thread, gmem, row)
+  gpu_callbacks._swap(token, mesh_location, thread, smem, to, x, None)
+  return token
+
+
 def interpreted():
   """A context in which interpret mode runs these instructions."""
   otherwise = Interpreter._interpret_inline_mgpu_p
@@ -70,6 +79,10 @@ def interpreted():
       arrays = key, *arrays
       run = functools.partial(_send, blocks=math.prod(self.cluster_dims),
                               shape=eqn.invars[-1].aval.shape)
+    elif name == "row_copy":
+      run = _copy_row
+      arrays = arrays[:2], eqn.params["pytree_ref_transforms"].unflatten(
+          arrays[2:])
     elif name in ("cluster_arrive", "cluster_wait"):
       run = functools.partial(_barrier, threads=self.num_concurrent_threads,
                               wait=name == "cluster_wait")
