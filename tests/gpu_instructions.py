@@ -37,6 +37,7 @@ def _send(token, mesh_location, thread, key, *arrays, blocks, shape):
       continue
     there = dataclasses.replace(mine, block_id=int(block[first]))
     while there not in memory.mem:  # That block has yet to start.
+      memory.check_failed()
       time.sleep(1e-3)
     *row, column = map(int, np.unravel_index(place[first], shape))
     to = indexing.NDIndexer.from_indices_shape(
