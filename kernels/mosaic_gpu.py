@@ -5,6 +5,7 @@ import math
 
 import jax
 from jax import lax
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir import ir
@@ -15,9 +16,13 @@ PARAMS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,
     unsafe_no_auto_barriers=True)
 
+# Of a warpgroup's 128 numbers: a number a thread.
+BY_THREAD = plgpu.Layout.TILED(
+    plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,),
+    vector_dim=-1)
+
 # Whether kernels can put arrays together.
 CONCATENATES = jax.__version_info__ >= (0, 11)
-
 
 # Of a vector, 32 numbers or a multiple, lane by lane; every warp has them all.
 LANES = plgpu.Layout.TILED(
@@ -69,39 +74,123 @@ def row_products(rows_ref, row: jax.Array) -> jax.Array:
   return (rows.astype(jnp.float32) * row).sum(1).sum(1)
 
 
-def cluster_sync(barrier, meanwhile: Callable[[], None] = lambda: None
-                 ) -> None:
+def cluster_sync(meanwhile: Callable[[], None] = lambda: None) -> None:
   """Waits for a cluster's blocks: what each wrote before, all see after.
 
-  By the cluster's own barrier, 0.4 us on an H200 where `barrier` takes 0.6.
-  Interpret mode does not know that one: tests put `interpreted_sync` here.
+  By the cluster's own barrier, 0.4 us on an H200; a `plgpu.ClusterBarrier`
+  takes 0.6.
 
   Args:
-    barrier: a `plgpu.ClusterBarrier` of all of the cluster's axes.
     meanwhile: called after this block's arrival: others need not wait for it.
   """
-  del barrier
-  _inline_ptx("barrier.cluster.arrive.release;")
-  meanwhile()
-  _inline_ptx("barrier.cluster.wait.acquire;")
-
-
-def interpreted_sync(barrier, meanwhile: Callable[[], None] = lambda: None
-                     ) -> None:
-  """As `cluster_sync`, in interpret mode."""
-  plgpu.commit_smem()  # All threads have come this far.
-  plgpu.barrier_arrive(barrier)
-  meanwhile()
-  plgpu.barrier_wait(barrier)
-
-
-def _inline_ptx(instruction: str) -> None:
   @plgpu.inline_mgpu()
-  def inline(_):
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], instruction, "",
-                    has_side_effects=True)
+  def cluster_arrive(_):
+    _run_ptx("barrier.cluster.arrive.release;", "~{memory}")
 
-  inline()
+  @plgpu.inline_mgpu()
+  def cluster_wait(_):
+    _run_ptx("barrier.cluster.wait.acquire;", "~{memory}")
+
+  cluster_arrive()
+  meanwhile()
+  cluster_wait()
+
+
+def send(number_T: jax.Array, block_T: jax.Array, place_T: jax.Array, ref
+         ) -> None:
+  """Writes into shared memory of the cluster's blocks, a number a thread.
+
+  They see it after the next `cluster_sync`. All of them have started: Mosaic
+  GPU lets none begin before. After a cluster's last `cluster_sync` nobody may
+  send: others may have ended.
+
+  Args:
+    number_T: float32 (128,), in layout `BY_THREAD` or all the same, like
+      all others.
+    block_T: int32, into whose memory; that of none that is there: nowhere.
+    place_T: int32, where in `ref`, its dims taken as one.
+    ref: float32, an array in own shared memory: theirs lies there as well.
+  """
+  @plgpu.inline_mgpu(arg_types=(BY_THREAD,) * 3 + (plgpu.RefType(),))
+  def cluster_send(_, *operands):
+    *arrays, ref = operands
+    i32 = ir.IntegerType.get_signless(32)
+    registers = [llvm.extractelement(x.registers.item(), utils.c(0, i32))
+                 for x in arrays]
+    _run_ptx("""{
+      .reg .pred there;
+      .reg .b32 blocks, address;
+      mov.u32 blocks, %cluster_nctarank;
+      setp.lt.u32 there, $1, blocks;
+      mad.lo.u32 address, $2, 4, $3;
+      @there mapa.shared::cluster.u32 address, address, $1;
+      @there st.shared::cluster.f32 [address], $0;
+    }""", "f,r,r,r,~{memory}", *registers,
+             llvm.ptrtoint(i32, utils.memref_ptr(ref)))
+
+  cluster_send(*(plgpu.layout_cast(x, BY_THREAD)
+                 for x in (number_T, block_T, place_T)), ref)
+
+
+def start_row(gmem, smem) -> None:
+  """Starts a warp's copy of a row, in `warp_map`: `wait_for_rows` waits for it.
+
+  A TMA copy has each of the warp's threads arrive at a barrier, twice, which
+  takes longer where there are many rows.
+
+  Args:
+    gmem: a row of whole 16 bytes.
+    smem: where it goes.
+  """
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+  def row_copy(_, gmem, smem):
+    ref = ir.MemRefType(gmem.type)
+    size = utils.bytewidth(ref.element_type) * math.prod(ref.shape)
+    addresses = [
+        llvm.ptrtoint(ir.IntegerType.get_signless(bits), utils.memref_ptr(ref))
+        for bits, ref in ((64, gmem), (32, smem))]
+    copies = "".join(
+        f"""setp.lt.u32 within, lane, {size - first};
+            @within cp.async.cg.shared.global [to+{first}], [from+{first}], 16;
+        """ for first in range(0, size, 512))
+    _run_ptx(f"""{{
+      .reg .pred within;
+      .reg .b32 lane, to;
+      .reg .b64 from;
+      mov.u32 lane, %laneid;
+      shl.b32 lane, lane, 4;
+      add.u32 to, $1, lane;
+      cvt.u64.u32 from, lane;
+      add.u64 from, from, $0;
+      {copies}
+    }}""", "l,r,~{memory}", *addresses)
+
+  row_copy(gmem, smem)
+
+
+def wait_for_rows(meanwhile: Callable[[], None]) -> None:
+  """Waits for what the thread's warpgroup has started by `start_row`.
+
+  Args:
+    meanwhile: called before; what it starts is not waited for.
+  """
+  @plgpu.inline_mgpu()
+  def row_commit(_):
+    _run_ptx("cp.async.commit_group;", "~{memory}")
+
+  @plgpu.inline_mgpu()
+  def row_wait(_):
+    _run_ptx("cp.async.wait_group 0;", "~{memory}")
+
+  row_commit()
+  meanwhile()
+  row_wait()
+  plgpu.commit_smem()  # The other threads have waited as well.
+
+
+def _run_ptx(text: str, constraints: str, *operands) -> None:
+  llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints,
+                  has_side_effects=True)
 
 
 def inlined(function: Callable[[jax.Array], jax.Array]

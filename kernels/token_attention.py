@@ -31,8 +31,9 @@ PARTS, WARPS, KEYS = 5, 4, 4
 OWN = WARPS * KEYS
 # Blocks that a cluster may have, and that run at a time.
 CLUSTER, _BLOCKS = 16, 128
-# Columns that a warpgroup adds up at a time, and queries that a block does.
-_COLUMNS, _TOGETHER = 128, 2
+# Columns of which a warpgroup adds up its block's rows, and a warp of the
+# cluster's.
+_COLUMNS, _LANES = 128, 32
 
 # Of (4, 4, columns): a warp's keys, 8 lanes each.
 BY_KEY = plgpu.Layout.TILED(
@@ -49,6 +50,10 @@ BY_LANE = plgpu.Layout.TILED(
 # Of (rows, 128): a column a thread.
 _BY_THREAD = plgpu.Layout.TILED(
     plgpu.Tiling(((1, _COLUMNS), (32,), (1,))), warp_dims=(-3,),
+    lane_dims=(-2,), vector_dim=-1)
+# Of (rows, 32): a column a lane, the same in each warp.
+_BY_LANE = plgpu.Layout.TILED(
+    plgpu.Tiling(((1, _LANES), (1,))), warp_dims=(plgpu.Replicated(4),),
     lane_dims=(-2,), vector_dim=-1)
 # Of a row: the same in each warp.
 _ROW = plgpu.Layout.TILED(
@@ -262,25 +267,29 @@ def spread(x: jax.Array, shape, axes, layout) -> jax.Array:
   return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), layout)
 
 
-def products(key_smem, query_smem) -> list[jax.Array]:
+def read_queries(query_smem) -> list[list[jax.Array]]:
+  """Of (G, columns), each query's pieces of 64."""
+  queries, width = query_smem.shape
+  return [[mosaic_gpu.load(query_smem.at[g, pl.ds(first, 64)],
+                           BY_KEY.reduce((0, 1)), optimized=False)
+           for first in range(0, width, 64)] for g in range(queries)]
+
+
+def products(key_smem, queries) -> list[jax.Array]:
   """Scaled products of (4, 4, columns) with each query, (4, 4) in float32.
 
   Args:
     key_smem: (4, 4, columns).
-    query_smem: (G, columns).
+    queries: as `read_queries` reads them.
   """
-  queries, width = query_smem.shape
-  totals = [None] * queries
-  for first in range(0, width, 64):
-    columns = pl.ds(first, 64)
-    key = mosaic_gpu.load(key_smem.at[:, :, columns], BY_KEY
+  totals = [None] * len(queries)
+  for i, pieces in enumerate(zip(*queries)):
+    key = mosaic_gpu.load(key_smem.at[:, :, pl.ds(i * 64, 64)], BY_KEY
                           ).astype(jnp.float32)
-    for g, total in enumerate(totals):
-      query = mosaic_gpu.load(query_smem.at[g, columns],
-                              BY_KEY.reduce((0, 1)), optimized=False)
-      product = key * spread(query, key.shape, (2,), BY_KEY)
+    for g, (piece, total) in enumerate(zip(pieces, totals)):
+      product = key * spread(piece, key.shape, (2,), BY_KEY)
       totals[g] = product if total is None else total + product
-  return [total.sum(2) * width ** -0.5 for total in totals]
+  return [total.sum(2) * key_smem.shape[2] ** -0.5 for total in totals]
 
 
 def capped(x, cap: float):
@@ -321,34 +330,38 @@ def block_sync(barrier) -> None:
   plgpu.barrier_wait(barrier)
 
 
-def _add_up(part_ref, sum_refs, rescale: bool):
-  """Adds rows (n, 128) up, and the numbers that belong to them.
+def threads() -> list[jax.Array]:
+  """The warp of each of a warpgroup's threads, and its lane."""
+  thread = plgpu.broadcasted_iota(jnp.int32, (WARPS * _LANES,), 0,
+                                  layout=mosaic_gpu.BY_THREAD)
+  return [thread // _LANES, thread % _LANES]
+
+
+def _add_up(part_ref, sum_refs, layout, rescale: bool):
+  """Adds rows up, and the numbers that belong to them.
 
   Args:
-    part_ref: the rows.
+    part_ref: the rows, (n, columns).
     sum_refs: divisors (n,), and either counts or, to `rescale`, what has been
       subtracted from each row's exponents.
+    layout: of the rows.
     rescale: whether exponents differ so.
   """
-  part = mosaic_gpu.load(part_ref, _BY_THREAD, optimized=False)
-  divisor, other = (
-      mosaic_gpu.load(ref, _BY_THREAD.reduce(1), optimized=False)
-      for ref in sum_refs)
+  part = mosaic_gpu.load(part_ref, layout, optimized=False)
+  divisor, other = (mosaic_gpu.load(ref, layout.reduce(1), optimized=False)
+                    for ref in sum_refs)
   if not rescale:
     return part.sum(0), divisor.sum(), other.sum()
   greatest = jnp.max(other)
   factor = jnp.exp(other - greatest)
-  part = part * spread(factor, part.shape, (0,), _BY_THREAD)
+  part = part * spread(factor, part.shape, (0,), layout)
   return part.sum(0), (divisor * factor).sum(), greatest
 
 
-def _share(me, workers: int, group: int, width: int, do: Callable) -> None:
-  """Calls `do` with a query and its first column, for the worker's of all."""
-  blocks = width // _COLUMNS
-  for first in range(0, group * blocks, workers):
-    job = first + me
-    pl.when(job < group * blocks)(functools.partial(
-        do, job // blocks, job % blocks * _COLUMNS))
+def _share(me, workers: int, jobs: int, do: Callable) -> None:
+  """Calls `do` with each of the worker's jobs."""
+  for first in range(0, jobs, workers):
+    pl.when(first + me < jobs)(functools.partial(do, first + me))
 
 
 def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
@@ -360,7 +373,7 @@ def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
     m: has what `join_memory` makes as attributes.
     totals: of each query, (4, E).
     sums: of each query two of (4,), as `_add_up` has them.
-    finish: called with a query, its first column, the total of 128, and the
+    finish: called with a query, its first column, the total of 32, and the
       two sums; by one warpgroup for each.
     rescale: as `_add_up` has it.
   """
@@ -369,49 +382,56 @@ def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
     for i, x in enumerate(pair):
       mosaic_gpu.store(m.sum_smem.at[i, g, own], x)
 
-  def block_part(of, g, first):
-    columns = pl.ds(first, _COLUMNS)
-    total, *both = _add_up(m.part_smem.at[:, g, columns],
-                           [m.sum_smem.at[i, of + g] for i in (0, 1)], rescale)
-    mosaic_gpu.store(m.part_gmem.at[at.head, of + g, at.block, columns], total)
+  def block_part(of, job):
+    """Sends each block the columns that it finishes: others each warp's."""
+    blocks = width // _COLUMNS
+    g = job // blocks
+    total, *both = _add_up(
+        m.part_smem.at[:, g, pl.ds(job % blocks * _COLUMNS, _COLUMNS)],
+        [m.sum_smem.at[i, of + g] for i in (0, 1)], _BY_THREAD, rescale)
+    warp, lane = threads()
+    job = (of * blocks + job) * WARPS + warp
+    block, place = job % at.cluster, job // at.cluster
+    mosaic_gpu.send(total, block, (place * at.cluster + at.block) * _LANES
+                    + lane, m.all_part_smem)
+    mosaic_gpu.send(jnp.where(lane == 0, *both),
+                    jnp.where(lane < 2, block, at.cluster),
+                    (place * 2 + lane) * at.cluster + at.block, m.all_sum_smem)
 
-    @pl.when(first == 0)
-    def _():
-      for i, x in enumerate(both):
-        m.sum_gmem[at.head, i, of + g, at.block] = x
-
-  for of in range(0, len(totals), _TOGETHER):
+  together = m.part_smem.shape[1]
+  for of in range(0, len(totals), together):
     if of:
       block_sync(m.block_barrier)
-    some = totals[of:of + _TOGETHER]
+    some = totals[of:of + together]
     for i, total in enumerate(some):
       mosaic_gpu.store(m.part_smem.at[own, i], total)
     block_sync(m.block_barrier)
-    _share(at.part, PARTS, len(some), width, functools.partial(block_part, of))
-  mosaic_gpu.cluster_sync(m.cluster_barrier)
+    _share(at.part, PARTS, len(some) * width // _COLUMNS,
+           functools.partial(block_part, of))
+  mosaic_gpu.cluster_sync()
 
-  def result(g, first):
+  def result(job):
+    place, first = job // at.cluster, job * _LANES
     total, *both = _add_up(
-        m.part_gmem.at[at.head, g, :, pl.ds(first, _COLUMNS)],
-        [m.sum_gmem.at[at.head, i, g] for i in (0, 1)], rescale)
-    finish(g, first, total, *both)
+        m.all_part_smem.at[place],
+        [m.all_sum_smem.at[place, i] for i in (0, 1)], _BY_LANE, rescale)
+    finish(first // width, first % width, total, *both)
 
-  # Of different blocks, where there are as many.
-  _share(at.part * at.cluster + at.block, PARTS * at.cluster, len(totals),
-         width, result)
+  _share(at.part * at.cluster + at.block, PARTS * at.cluster,
+         len(totals) * width // _LANES, result)
 
 
-def join_memory(heads: int, group: int, width: int, cluster: int):
-  """What `join` uses: `part_gmem` and `sum_gmem`, and shared memory."""
-  shapes = (heads, group, cluster, width), (heads, 2, group, cluster)
-  rows = PARTS * WARPS
-  scratch = dict(
-      part_smem=plgpu.SMEM((rows, min(group, _TOGETHER), width), jnp.float32),
+def join_memory(group: int, width: int, cluster: int) -> dict:
+  """What `join` uses: for what the block's warps have, and what blocks send."""
+  # Queries that a block does together: of more of them one, or it does not fit.
+  together = group if group <= 2 else 1
+  rows, places = PARTS * WARPS, pl.cdiv(group * width // _LANES, cluster)
+  return dict(
+      part_smem=plgpu.SMEM((rows, together, width), jnp.float32),
       sum_smem=plgpu.SMEM((2, group, rows), jnp.float32),
-      block_barrier=plgpu.Barrier(num_arrivals=PARTS),
-      cluster_barrier=plgpu.ClusterBarrier(collective_axes=("block",),
-                                           num_arrivals=PARTS))
-  return [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes], scratch
+      all_part_smem=plgpu.SMEM((places, cluster, _LANES), jnp.float32),
+      all_sum_smem=plgpu.SMEM((places, 2, cluster), jnp.float32),
+      block_barrier=plgpu.Barrier(num_arrivals=PARTS))
 
 
 def kernel(body: Callable, out_type, heads: int, cluster: int, **scratch):

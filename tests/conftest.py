@@ -32,6 +32,20 @@ LIBTPU = (pathlib.Path(__file__).parents[1]
           / ".venv" / "libtpu" / "libtpu" / "libtpu.so")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def gpu_instructions():
+  """Teaches GPU interpret mode instructions that kernels use."""
+  if jax.__version_info__ < (0, 12):  # It has no clusters.
+    yield
+    return
+  path = pathlib.Path(__file__).with_name("gpu_instructions.py")
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  with module.interpreted():
+    yield
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory):
   """Thirty short documents of made-up words."""

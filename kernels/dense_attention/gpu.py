@@ -19,7 +19,8 @@ from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.token_attention import (
     BY_COLUMN, BY_KEY, KEYS, OWN, WARPS, Place, add_values, block_sync, capped,
     cluster_size, fetch_rows, join, join_memory, kernel, make_bounds, no_values,
-    own_keys, products, rows_memory, spread, start_copies, store_row)
+    own_keys, products, read_queries, rows_memory, spread, start_copies,
+    store_row)
 
 # Copies of a warpgroup that are on their way.
 _STAGES = 2
@@ -45,8 +46,6 @@ class _Memory:
     rotary_gmem: likewise.
     key_gmem: (heads, S / 16, 4, 4, E).
     value_gmem: likewise.
-    part_gmem: as `join_memory` has it, like all whose names are there.
-    sum_gmem: likewise.
     y_gmem: written, (heads, G, E).
     query_smem: as `rows_memory` makes it.
     newest_smem: likewise.
@@ -56,6 +55,7 @@ class _Memory:
     scale_smem: what each warp's total so far is to be multiplied with.
     key_barrier: when the keys are there.
     value_barrier: when the values are.
+    part_smem: as `join_memory` makes it, like all whose names are there.
   """
 
   bounds_gmem: jax.Array
@@ -63,8 +63,6 @@ class _Memory:
   rotary_gmem: jax.Array
   key_gmem: jax.Array
   value_gmem: jax.Array
-  part_gmem: jax.Array
-  sum_gmem: jax.Array
   y_gmem: jax.Array
   query_smem: jax.Array
   newest_smem: jax.Array
@@ -76,8 +74,9 @@ class _Memory:
   value_barrier: jax.Array
   part_smem: jax.Array
   sum_smem: jax.Array
+  all_part_smem: jax.Array
+  all_sum_smem: jax.Array
   block_barrier: jax.Array
-  cluster_barrier: jax.Array
 
 
 def _scratch(group: int, width: int) -> dict:
@@ -155,7 +154,8 @@ class _Warpgroup:
     at, m, queries = self.at, self.m, range(self.group)
     self.wait(i, newest, *self.keys)
     seen = at.seen(i, start, end)
-    logits = products(m.key_smem.at[at.part, i % _STAGES], m.query_smem)
+    logits = products(m.key_smem.at[at.part, i % _STAGES],
+                      read_queries(m.query_smem))
     bests, divisors = zip(*(
         self.weigh(i, seen, logits[g], sums[0][g], sums[1][g], g)
         for g in queries))
@@ -208,12 +208,12 @@ def _call(rows_BxRxE, rotary_Bx2xT, key_BxKxSxE, value_BxKxSxE, bounds_Bx3,
   """The kernel, of bounds that `make_bounds` makes."""
   b, k, s, width = key_BxKxSxE.shape
   cluster = cluster_size(b * k, s)
-  sums, scratch = join_memory(b * k, group, width, cluster)
   caches = [jax.new_ref(own_keys(x)) for x in (key_BxKxSxE, value_BxKxSxE)]
-  *_, y = kernel(
+  y = kernel(
       functools.partial(_attend, k, cluster, group, logit_softcap),
-      (*sums, jax.ShapeDtypeStruct((b * k, group, width), rows_BxRxE.dtype)),
-      b * k, cluster, **_scratch(group, width), **scratch)(
+      jax.ShapeDtypeStruct((b * k, group, width), rows_BxRxE.dtype),
+      b * k, cluster, **_scratch(group, width),
+      **join_memory(group, width, cluster))(
           bounds_Bx3, rows_BxRxE, rotary_Bx2xT, *caches)
   return (y.reshape(b, k, group, width),
           [jax.freeze(x).reshape(key_BxKxSxE.shape) for x in caches])

@@ -20,7 +20,7 @@ from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.sparse_attention.gpu_keys import (
     BATCHES, PART, WIDTH, Memory, Warpgroup)
 from sparse_lm.kernels.sparse_attention.predictor import quantiles
-from sparse_lm.kernels.sparse_attention.statistics import state_shape
+from sparse_lm.kernels.sparse_attention.statistics import state_memory
 from sparse_lm.kernels.token_attention import (
     KEYS, OWN, WARPS, Place, block_sync, fetch_rows, join, join_memory, kernel,
     make_bounds, own_keys, rows_memory)
@@ -85,7 +85,8 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
   two = plgpu.SMEM((2, parts, group, WARPS, KEYS), jnp.float32)
   one = plgpu.SMEM((group,), jnp.float32)
   shared = rows_memory(group, WIDTH) | dict(
-      score_smem=score, least_smem=one, best_smem=one, weight_smem=two)
+      score_smem=score, least_smem=one, best_smem=one, weight_smem=two,
+      state_smem=state_memory(group))
   if rounds <= _EAGER_ROUNDS and group <= _EAGER_QUERIES:
     return shared | dict(
         key1_smem=rows(rounds, PART), key2_smem=rows(rounds, PART),
@@ -95,8 +96,7 @@ def _scratch(group: int, slots: int, cluster: int) -> dict:
   return shared | dict(
       key1_smem=rows(stages, PART), value_smem=rows(BATCHES, WIDTH),
       list_smem=plgpu.SMEM((parts, rounds * OWN), jnp.int32), picked_smem=two,
-      key1_barrier=barrier(stages, 1),
-      rest_barrier=barrier(BATCHES, 2 * OWN))
+      key1_barrier=barrier(stages, 1))
 
 
 def _attend(heads, cluster, group, write, softcap, *refs, **scratch) -> None:
@@ -161,13 +161,12 @@ def _call(write, rows_BxRxE, rotary_Bx2xT, caches, bounds_Bx3, group, top_k,
   if write:
     keys = [jax.new_ref(x) for x in keys]
   quantile_B = quantiles(bounds_Bx3[:, 1] - bounds_Bx3[:, 0], s, top_k)
-  sums, scratch = join_memory(heads, group, width, cluster)
-  *_, y, counts = kernel(
+  y, counts = kernel(
       functools.partial(_attend, k, cluster, group, write, logit_softcap),
-      (jax.ShapeDtypeStruct(state_shape(heads, group), jnp.float32), *sums,
-       jax.ShapeDtypeStruct((heads, group, width), rows_BxRxE.dtype),
+      (jax.ShapeDtypeStruct((heads, group, width), rows_BxRxE.dtype),
        jax.ShapeDtypeStruct((heads, group), jnp.int32)),
-      heads, cluster, **_scratch(group, s, cluster), **scratch)(
+      heads, cluster, **_scratch(group, s, cluster),
+      **join_memory(group, width, cluster))(
           bounds_Bx3, quantile_B, rows_BxRxE, rotary_Bx2xT, *keys)
   if write:
     keys = [jax.freeze(x) for x in keys]

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.sparse_attention.statistics import (
-    ROWS, by_query, lanes, leave_statistics, seen_rows, threshold, total)
+    ROWS, by_query, lanes, seen_rows, send_statistics, threshold, total)
 from sparse_lm.kernels.token_attention import (
     BY_KEY, BY_LANE, KEYS, OWN, WARPS, Place, add_values, all_fit, block_sync,
-    capped, no_values, products, start_copies, store_row)
+    capped, no_values, products, read_queries, start_copies, store_row)
 
 # Width of both parts of a key, and of a value.
 PART, WIDTH = 128, 256
@@ -35,14 +35,11 @@ class Memory:
     key1_gmem: (heads, S / 16, 4, 4, P).
     key2_gmem: (heads, S / 16, 4, 4, U).
     value_gmem: (heads, S / 16, 4, 4, E).
-    state_gmem: as `leave_statistics` has it.
-    part_gmem: as `join_memory` has it, like all whose names are there.
-    sum_gmem: likewise.
     y_gmem: written, (heads, G, E).
     count_gmem: written, (heads, G), int32.
     query_smem: as `rows_memory` makes it.
     newest_smem: likewise.
-    score_smem: as `leave_statistics` has it.
+    score_smem: as `send_statistics` has it.
     least_smem: of each query's kept scores.
     best_smem: of each query's, capped.
     weight_smem: weights of 16 keys of each warpgroup, of two rounds; below 0
@@ -52,7 +49,9 @@ class Memory:
     key2_smem: second parts, where all are copied.
     value_smem: values.
     key1_barrier: when first parts are there.
-    rest_barrier: when second parts and values are.
+    rest_barrier: when second parts and values are, where all are copied.
+    state_smem: as `state_memory` makes it.
+    part_smem: as `join_memory` makes it, like all whose names are there.
     second_smem: what weights are multiplied with, where all are copied.
     list_smem: else the keys of each warpgroup that some query keeps.
     picked_smem: scores of 16 listed keys, twice.
@@ -65,9 +64,6 @@ class Memory:
   key1_gmem: jax.Array
   key2_gmem: jax.Array
   value_gmem: jax.Array
-  state_gmem: jax.Array
-  part_gmem: jax.Array
-  sum_gmem: jax.Array
   y_gmem: jax.Array
   count_gmem: jax.Array
   query_smem: jax.Array
@@ -79,12 +75,14 @@ class Memory:
   key1_smem: jax.Array
   value_smem: jax.Array
   key1_barrier: jax.Array
-  rest_barrier: jax.Array
+  state_smem: jax.Array
   part_smem: jax.Array
   sum_smem: jax.Array
+  all_part_smem: jax.Array
+  all_sum_smem: jax.Array
   block_barrier: jax.Array
-  cluster_barrier: jax.Array
   key2_smem: jax.Array | None = None
+  rest_barrier: jax.Array | None = None
   second_smem: jax.Array | None = None
   list_smem: jax.Array | None = None
   picked_smem: jax.Array | None = None
@@ -156,7 +154,13 @@ class Warpgroup:
 
   def score_all(self) -> None:
     """Leaves the scores of all rounds."""
-    lax.fori_loop(self.first, self.last, self.score, None)
+    def read():
+      return read_queries(self.m.query_smem.at[:, _FIRST])
+
+    # Once, where they fit in registers.
+    queries = read() if len(self.queries) <= 2 else None
+    lax.fori_loop(self.first, self.last,
+                  lambda i, _: self.score(i, queries or read()), None)
 
   def second_all(self) -> None:
     """Leaves what all rounds' weights are multiplied with."""
@@ -179,15 +183,14 @@ class Warpgroup:
         store_row(newest, *places)
       plgpu.commit_smem()
 
-  def score(self, i, _) -> None:
+  def score(self, i, queries) -> None:
     """Leaves the scores of round `i`."""
     at, m, stage = self.at, self.m, i % self.stages
     plgpu.barrier_wait(m.key1_barrier.at[at.part * self.stages + stage])
     # Where all is copied, the rest may still be on its way.
     rest = [] if self.eager else [(x, None, y) for x, _, y in self.rest]
     self.write_newest(i, self.first_parts, *rest)
-    for g, x in enumerate(products(m.key1_smem.at[at.part, stage],
-                                   m.query_smem.at[:, _FIRST])):
+    for g, x in enumerate(products(m.key1_smem.at[at.part, stage], queries)):
       mosaic_gpu.store(m.score_smem.at[g, at.part, pl.ds(i * WARPS, WARPS)], x)
     if not self.all_fit:
       plgpu.commit_smem()
@@ -203,19 +206,19 @@ class Warpgroup:
 
   def seconds(self, key2_smem) -> list[jax.Array]:
     """What each query's weights are multiplied with."""
-    return [_softplus(x) for x in products(key2_smem,
-                                           self.m.query_smem.at[:, _SECOND])]
+    queries = read_queries(self.m.query_smem.at[:, _SECOND])
+    return [_softplus(x) for x in products(key2_smem, queries)]
 
   def find_thresholds(self) -> None:
-    """Leaves statistics for the cluster, and reads what it has."""
+    """Sends the cluster statistics, and reads what it has."""
     at, m = self.at, self.m
     first, last = at.rounds_of_block(self.start, self.end)
-    leave_statistics(at, m.score_smem, m.state_gmem, first // 2,
-                     (last + 1) // 2, self.start, self.end)
-    mosaic_gpu.cluster_sync(m.cluster_barrier, self.second_all)
+    send_statistics(at, m.score_smem, m.state_smem, first // 2,
+                    (last + 1) // 2, self.start, self.end)
+    mosaic_gpu.cluster_sync(self.second_all)
 
     def find(g):
-      least, best = threshold(at, m.state_gmem, g, self.quantile, self.start,
+      least, best = threshold(at, m.state_smem, g, self.quantile, self.start,
                               self.end)
       m.least_smem[g], m.best_smem[g] = least, capped(best, self.softcap)
 
@@ -291,7 +294,6 @@ class Warpgroup:
     """Starts the copies of up to 16 listed keys, which the warps take in turn.
     """
     at, m, place = self.at, self.m, batch % BATCHES
-    barrier = m.rest_barrier.at[at.part * BATCHES + place]
 
     @plgpu.warp_map
     def _(warp):
@@ -301,20 +303,15 @@ class Warpgroup:
         row, column = lax.div(key, KEYS), lax.rem(key, KEYS)
         own = at.sixteen(lax.div(row, WARPS)), lax.rem(row, WARPS), column
         for gmem, smem, _ in self.rest:
-          plgpu.copy_gmem_to_smem(gmem.at[at.head, *own],
-                                  smem.at[at.part, place, *to], barrier)
+          mosaic_gpu.start_row(gmem.at[at.head, *own],
+                               smem.at[at.part, place, *to])
         for g in self.queries:
           m.picked_smem[place, at.part, g, *to] = m.score_smem[
               g, at.part, row, column]
 
-      def copy_nothing():  # The barrier counts whole batches.
-        for _ in self.rest:
-          plgpu.barrier_arrive(barrier)
-
       for i in range(KEYS):
         listed = batch * OWN + i * WARPS + warp
         pl.when(listed < count)(functools.partial(copy, listed, (warp, i)))
-        pl.when(listed >= count)(copy_nothing)
 
   def add_batch(self, batch, count, sums):
     """Adds 16 listed keys."""
@@ -322,8 +319,8 @@ class Warpgroup:
     left = count - batch * OWN
     # The last batch's place and scores: read, or written.
     plgpu.commit_smem()
-    pl.when(left > OWN)(lambda: self.ask(batch + 1, count))
-    plgpu.barrier_wait(m.rest_barrier.at[at.part * BATCHES + place])
+    mosaic_gpu.wait_for_rows(
+        lambda: pl.when(left > OWN)(lambda: self.ask(batch + 1, count)))
     if self.write:
       # It is the last one; its copy may have been made before it was written.
       key = m.list_smem[at.part, count - 1]

@@ -20,13 +20,13 @@ from sparse_lm.kernels.token_attention import (
     BY_LANE, KEYS, OWN, WARPS, Place)
 
 ROWS = 8
-# What each block leaves of its keys' scores.
+# What each block sends of its keys' scores.
 _MEAN, _SQUARE, _BEST, _COUNT = range(4)
 
 
-def state_shape(heads: int, group: int) -> tuple[int, ...]:
-  """Of what blocks leave, each its own number of 32: read whole, by warps."""
-  return heads, group, 4, ROWS, KEYS
+def state_memory(group: int):
+  """What blocks send, each its own number of 32: read whole, by warps."""
+  return plgpu.SMEM((group, 4, ROWS, KEYS), jnp.float32)
 
 
 def total(x: jax.Array) -> jax.Array:
@@ -46,10 +46,11 @@ def lanes(shape) -> list[jax.Array]:
 
 def seen_rows(at: Place, i, part, row, key, start, end) -> jax.Array:
   """Which keys of the `i`-th 8 rows of a warpgroup are visible."""
-  row = i * ROWS + row
-  before = row // WARPS * token_attention.PARTS + part
-  sixteen = before * at.cluster + at.block
-  slot = sixteen * OWN + row % WARPS * KEYS + key
+  everyone = token_attention.span() * at.cluster
+  # What is the same for each `i` by itself: it is reckoned once.
+  first = (row // WARPS * everyone + row % WARPS * KEYS + key
+           + (part * at.cluster + at.block) * OWN)
+  slot = first + i * (ROWS // WARPS * everyone)
   return (slot >= start) & (slot < end)
 
 
@@ -61,14 +62,14 @@ def by_query(at: Place, queries: int, do: Callable[[int], None],
         functools.partial(do, g))
 
 
-def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
-                     ) -> None:
-  """Writes the statistics of the block's scores, a query a warpgroup.
+def send_statistics(at: Place, score_smem, state_smem, first, last, start, end
+                    ) -> None:
+  """Sends all blocks the statistics of this one's, a query a warpgroup.
 
   Args:
     at: the warpgroup's place.
     score_smem: all scores of the block.
-    state_gmem: written, of `state_shape`.
+    state_smem: as `state_memory` makes it.
     first: which 8 rows of each warpgroup are the first with visible keys.
     last: the ones after the last.
     start: the row's first visible slot.
@@ -102,27 +103,31 @@ def leave_statistics(at: Place, score_smem, state_gmem, first, last, start, end
       return square + jnp.where(seen, apart * apart, 0.0).sum(0)
 
     square = total(lax.fori_loop(first, last, add_squares, full(0.0)))
-    for i, x in ((_MEAN, mean), (_SQUARE, square), (_BEST, best),
-                 (_COUNT, count)):
-      state_gmem[at.head, g, i, at.block // KEYS, at.block % KEYS] = x
+    # A warp a number, and a lane a block.
+    warp, block = token_attention.threads()
+    number = functools.reduce(
+        lambda x, other: jnp.where(warp == other[0], other[1], x),
+        ((_SQUARE, square), (_BEST, best), (_COUNT, count)), mean)
+    mosaic_gpu.send(number, block, (g * 4 + warp) * (ROWS * KEYS) + at.block,
+                    state_smem)
 
   # The last warpgroups: others multiply their second parts meanwhile.
   by_query(at, score_smem.shape[0], query, -score_smem.shape[0])
 
 
-def threshold(at: Place, state_gmem, g: int, quantile, start, end):
+def threshold(at: Place, state_smem, g: int, quantile, start, end):
   """A query's least kept score and its best one, scalars.
 
-  Args: as `leave_statistics` has them, and
+  Args: as `send_statistics` has them, and
     g: the query.
     quantile: of the scores that are not kept; -inf: all are.
   """
   row, one = lanes((ROWS, KEYS))
   number = (end - start).astype(jnp.float32)
   mean, square, best, count = (
-      mosaic_gpu.load(state_gmem.at[at.head, g, i], BY_LANE, optimized=False)
+      mosaic_gpu.load(state_smem.at[g, i], BY_LANE, optimized=False)
       for i in (_MEAN, _SQUARE, _BEST, _COUNT))
-  # The other numbers were never written.
+  # Nobody sends the other numbers.
   there = (row * KEYS + one < at.cluster) & (count > 0.0)
   of_all = total(jnp.where(there, count * mean, 0.0)) / number
   best = greatest(jnp.where(there, best, -jnp.inf))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.dense_attention import gpu
 from sparse_lm.kernels.dense_attention import (choose, unsupported,
@@ -39,10 +38,7 @@ def run(arrays, window=EVERYTHING, logit_softcap=0.0):
   params = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
   with (plgpu.force_gpu_interpret_mode(params),
         # It is quicker with fewer, and has no more than eight in a cluster.
-        mock.patch.object(token_attention, "PARTS", 2),
-        # A cluster's own barrier is unknown there.
-        mock.patch.object(mosaic_gpu, "cluster_sync",
-                          mosaic_gpu.interpreted_sync)):
+        mock.patch.object(token_attention, "PARTS", 2)):
     return jax.device_get(write_and_attend(*arrays, window=window,
                                            logit_softcap=logit_softcap))
 

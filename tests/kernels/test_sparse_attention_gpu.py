@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels import token_attention
 from sparse_lm.kernels.sparse_attention import gpu
 from sparse_lm.kernels.sparse_attention import (sparse_attention, unsupported,
@@ -41,10 +40,7 @@ def run(call, *arrays, **options):
   params = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
   with (plgpu.force_gpu_interpret_mode(params),
         # It is quicker with fewer, and has no more than eight in a cluster.
-        mock.patch.object(token_attention, "PARTS", 2),
-        # A cluster's own barrier is unknown there.
-        mock.patch.object(mosaic_gpu, "cluster_sync",
-                          mosaic_gpu.interpreted_sync)):
+        mock.patch.object(token_attention, "PARTS", 2)):
     return jax.device_get(call(*arrays, **options))
 
 
