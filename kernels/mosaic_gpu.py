@@ -21,6 +21,8 @@ BY_THREAD = plgpu.Layout.TILED(
     plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,),
     vector_dim=-1)
 
+# Multiprocessors of an H100 or H200.
+PROCESSORS = 132
 # Whether kernels can put arrays together.
 CONCATENATES = jax.__version_info__ >= (0, 11)
 

@@ -157,7 +157,7 @@ def all_fit(at: Place, slots: int, stages: int) -> bool:
   return stages * at.cluster * span() >= slots
 
 
-def start_copies(at: Place, slots: int, stages: int, bounds: Callable,
+def start_copies(at: Place, slots: int, stages: int, start, end,
                  copy: Callable) -> tuple:
   """Starts a warpgroup's first copies.
 
@@ -168,7 +168,8 @@ def start_copies(at: Place, slots: int, stages: int, bounds: Callable,
     at: the warpgroup's place.
     slots: of the cache.
     stages: how many rounds' copies have a place.
-    bounds: called for the first visible slot and the one after the last.
+    start: the first visible slot, loaded a moment ago.
+    end: the one after the last, likewise.
     copy: starts the copies of a round.
 
   Returns:
@@ -178,7 +179,7 @@ def start_copies(at: Place, slots: int, stages: int, bounds: Callable,
   _, there = at.rounds(0, slots)
   if early:
     pl.when(there > 0)(lambda: copy(0))
-  first, last = at.rounds(*bounds())
+  first, last = at.rounds(start, end)
   if early:
     first, last = 0, jnp.maximum(last, jnp.minimum(there, 1))
   for i in range(early, stages):

@@ -19,7 +19,6 @@ from sparse_lm.kernels.mosaic_gpu import COLUMNS, LANES
 
 # Warpgroups of a block, and warps of each.
 _PARTS, _WARPS = 4, 4
-_PROCESSORS = 132
 # Shared memory for a block's rows: it is alone on its multiprocessor.
 _ROWS_BYTES = 208 * 1024
 # Of a token, (D / 256, 256): two columns of each row a thread.
@@ -30,7 +29,7 @@ _BY_THREAD = plgpu.Layout.TILED(
 
 def _batches(rows: int) -> int:
   """How many times four rows each warpgroup has, one block a multiprocessor."""
-  return pl.cdiv(rows, _PROCESSORS * _PARTS * _WARPS)
+  return pl.cdiv(rows, mosaic_gpu.PROCESSORS * _PARTS * _WARPS)
 
 
 def takes_in_rows(x_NxD: jax.Array, rows_FxD: jax.Array) -> bool:

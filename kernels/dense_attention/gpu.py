@@ -187,7 +187,7 @@ def _attend(heads, cluster, group, softcap, *refs, **scratch) -> None:
                         m.rotary_gmem)
   start, end, newest = (m.bounds_gmem[at.row, i] for i in range(3))
   first, last = start_copies(at, m.key_gmem.shape[1] * OWN, _STAGES,
-                             lambda: (start, end), mine.copy)
+                             start, end, mine.copy)
   put_rows(m.query_smem, m.newest_smem)
   block_sync(m.block_barrier)
   bests, divisors, totals = lax.fori_loop(

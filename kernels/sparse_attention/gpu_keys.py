@@ -137,8 +137,7 @@ class Warpgroup:
   def start_copies(self) -> None:
     """Starts copies of as many rounds as have a place."""
     self.first, self.last = start_copies(
-        self.at, self.slots, self.stages, lambda: (self.start, self.end),
-        self.copy)
+        self.at, self.slots, self.stages, self.start, self.end, self.copy)
 
   def copy(self, i) -> None:
     """Starts the copies of round `i`."""

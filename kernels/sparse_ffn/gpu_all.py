@@ -37,7 +37,6 @@ _CHUNK = 128
 _COLUMNS = 128
 # Shared memory of a block, which is alone on its multiprocessor.
 _SHARED_BYTES = 225 * 1024
-_PROCESSORS = 132
 # Tiles whose statistics are added up together.
 _PIECE = 32
 _SWIZZLE = plgpu.SwizzleTransform(128)
@@ -140,7 +139,7 @@ def _start(segments, *, x_smem, rows_smem, barriers, transposed: bool):
 def _splits(shape: tuple[int, int]) -> tuple[int, int, int]:
   """Of `down`: tiles of neurons, blocks of columns, splits of the tiles."""
   tiles, blocks = shape[0] // _tile(shape[0]), shape[1] // _COLUMNS
-  return tiles, blocks, min(tiles, max(1, _PROCESSORS // blocks))
+  return tiles, blocks, min(tiles, max(1, mosaic_gpu.PROCESSORS // blocks))
 
 
 def _send(x, smem, gmem) -> None:

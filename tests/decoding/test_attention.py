@@ -96,8 +96,7 @@ def test_the_gpu_kernels_are_the_models_attention(shape):
   caches = [decoding_cache(config, 2, 64, jnp.bfloat16, name)[0]
             for name in ("pallas_gpu", "dense")]
   # More than eight of a cluster's warpgroups at a time are unknown there.
-  with (plgpu.force_gpu_interpret_mode(
-          plgpu.InterpretGPUParams(inline_mgpu="ignore")),
+  with (plgpu.force_gpu_interpret_mode(),
         mock.patch.object(token_attention, "PARTS", 2)):
     y, *counts, cache = advance(caches[0])
   expected, *same, whole = advance(caches[1])

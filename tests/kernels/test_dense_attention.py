@@ -35,7 +35,7 @@ def make(lengths=LENGTHS, slots=SLOTS, heads=HEADS, group=GROUP):
 
 
 def run(arrays, window=EVERYTHING, logit_softcap=0.0):
-  params = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
+  params = plgpu.InterpretGPUParams(detect_races=True)
   with (plgpu.force_gpu_interpret_mode(params),
         # It is quicker with fewer, and has no more than eight in a cluster.
         mock.patch.object(token_attention, "PARTS", 2)):

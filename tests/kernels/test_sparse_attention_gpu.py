@@ -37,7 +37,7 @@ def make(lengths=LENGTHS, slots=SLOTS, heads=HEADS, group=GROUP, seed=0):
 
 
 def run(call, *arrays, **options):
-  params = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
+  params = plgpu.InterpretGPUParams(detect_races=True)
   with (plgpu.force_gpu_interpret_mode(params),
         # It is quicker with fewer, and has no more than eight in a cluster.
         mock.patch.object(token_attention, "PARTS", 2)):

@@ -209,7 +209,7 @@ def test_many_tokens_against_the_formula(shape, neurons, tokens, select,
 def test_many_tokens_with_little_shared_memory(monkeypatch, blocks):
   """Places are filled again; of three tiles, blocks add all, or one and two."""
   monkeypatch.setattr(gpu_all, "_SHARED_BYTES", 90 * 1024)
-  monkeypatch.setattr(gpu_all, "_PROCESSORS", blocks)
+  monkeypatch.setattr(gpu_all.mosaic_gpu, "PROCESSORS", blocks)
   jax.clear_caches()
   arrays = make("gated", 10, neurons=192)
   y, _ = run(arrays, Elementwise(jax.nn.relu))
