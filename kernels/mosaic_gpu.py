@@ -190,16 +190,57 @@ def wait_for_rows(meanwhile: Callable[[], None]) -> None:
   plgpu.commit_smem()  # The other threads have waited as well.
 
 
+def discard(ref, first, shape: tuple[int, int], columns: int) -> None:
+  """Discards float32 numbers from the L2 cache, which holds lines of 32.
+
+  What lay there is not written to memory: it may hold anything from then on.
+  The warpgroup's threads must have read what they need, and have met.
+
+  Args:
+    ref: in global memory, from its first row on.
+    first: of each row's lines, traced.
+    shape: how many rows, and lines of each; the latter a power of two.
+    columns: of each row, a multiple of 32.
+  """
+  @plgpu.inline_mgpu(arg_types=(BY_THREAD, plgpu.RefType()))
+  def line_discard(_, start_T, ref):
+    start = llvm.extractelement(
+        start_T.registers.item(),
+        utils.c(0, ir.IntegerType.get_signless(32)))
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64),
+                            utils.memref_ptr(ref))
+    _run_ptx("""{
+      .reg .pred there;
+      .reg .b64 address;
+      setp.ge.s32 there, $0, 0;
+      mad.wide.s32 address, $0, 4, $1;
+      @there discard.global.L2 [address], 128;
+    }""", "r,l,~{memory}", start, address)
+
+  rows, lines = shape
+  shift = lines.bit_length() - 1
+  index_T = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=BY_THREAD)
+  for _ in range(0, rows * lines, 128):
+    start_T = (index_T >> shift) * columns + (
+        first + (index_T & (lines - 1))) * 32
+    line_discard(jnp.where(index_T < rows * lines, start_T, -1), ref)
+    index_T += 128
+
+
 def _run_ptx(text: str, constraints: str, *operands) -> None:
   llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints,
                   has_side_effects=True)
 
 
-def inlined(function: Callable[[jax.Array], jax.Array]
+def inlined(function: Callable[[jax.Array], jax.Array], layout
             ) -> Callable[[jax.Array], jax.Array]:
   """An elementwise function without its rules of differentiation.
 
   Mosaic GPU does not know the calls that carry those: `jax.nn.relu` is one.
+
+  Args:
+    function: from an array to one of its shape.
+    layout: of both; a constant result has none by itself.
   """
   def evaluate(closed, values):
     env = dict(zip(closed.jaxpr.constvars, closed.consts))
@@ -222,7 +263,7 @@ def inlined(function: Callable[[jax.Array], jax.Array]
 
   def call(x: jax.Array) -> jax.Array:
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return evaluate(closed, [x])[0]
+    return plgpu.layout_cast(evaluate(closed, [x])[0], layout)
 
   return call
 

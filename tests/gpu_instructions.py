@@ -69,6 +69,19 @@ def _copy_row(token, mesh_location, thread, keys, transforms):
   return token
 
 
+@gpu_callbacks.fail_on_exception
+def _discard_line(token, mesh_location, thread, first, key, transforms, *,
+                  shape):
+  lost = np.full(32, np.nan, np.float32)
+  for number in np.asarray(first)[np.asarray(first) >= 0]:
+    *row, column = map(int, np.unravel_index(number, shape))
+    line = indexing.NDIndexer.from_indices_shape(
+        (*row, pl.ds(column, len(lost))), shape)
+    gpu_callbacks._swap(token, mesh_location, thread, key, (*transforms, line),
+                        lost, None)
+  return token
+
+
 def interpreted():
   """A context in which interpret mode runs these instructions."""
   otherwise = Interpreter._interpret_inline_mgpu_p
@@ -84,6 +97,11 @@ def interpreted():
       run = _copy_row
       arrays = arrays[:2], eqn.params["pytree_ref_transforms"].unflatten(
           arrays[2:])
+    elif name == "line_discard":
+      _, transforms = eqn.params["pytree_ref_transforms"].unflatten(arrays[2:])
+      arrays = *arrays[:2], transforms
+      run = functools.partial(_discard_line,
+                              shape=transforms[-1].get_indexer_shape())
     elif name in ("cluster_arrive", "cluster_wait"):
       run = functools.partial(_barrier, threads=self.num_concurrent_threads,
                               wait=name == "cluster_wait")

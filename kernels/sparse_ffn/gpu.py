@@ -3,7 +3,7 @@
 Up to 8 tokens are served here; of more, which `gpu_all` serves, every row is
 read.
 
-Two kernels. The first multiplies the gate: it streams all of it, a tile of
+Three kernels. The first multiplies the gate: it streams all of it, a tile of
 neurons a thread block, through the tensor cores, and leaves each tile's mean
 and squared deviations beside the scores. For one token it can make what it
 multiplies as well, adding up the residual stream and norming it while the gate
@@ -11,13 +11,13 @@ is on its way. In the second each warpgroup takes one token and a few neurons:
 it adds the tiles' statistics up to the threshold, makes activations of its
 scores, lists the active neurons and asks for their rows of `up` and `down`, in
 copies that run by themselves. As rows arrive it multiplies and adds. A block
-adds its warpgroups' sums, and XLA those of the blocks, in a fixed order: no
-atomics, the same result every time.
+adds its warpgroups' sums, and the third, small kernel those of the blocks, in a
+fixed order: no atomics, the same result every time.
 
-Where each neuron decides by itself, one token needs one kernel: a block goes on
-from its tile's scores to its rows. With a threshold of all neurons in between,
-one kernel with a barrier was no faster on an H200: what it saves in starting,
-the barrier and clearing its counter take.
+Where each neuron decides by itself, one token needs one kernel in place of the
+first two: a block goes on from its tile's scores to its rows. With a threshold
+of all neurons in between, one kernel with a barrier was no faster on an H200:
+what it saves in starting, the barrier and clearing its counter take.
 """
 
 import functools
@@ -31,7 +31,8 @@ import jax.numpy as jnp
 from sparse_lm.kernels import mosaic_gpu
 from sparse_lm.kernels.add_norm import gpu as add_norm
 from sparse_lm.kernels.mosaic_gpu import COLUMNS, LANES
-from sparse_lm.kernels.sparse_ffn import gpu_all, gpu_rows, gpu_scores
+from sparse_lm.kernels.sparse_ffn import (gpu_all, gpu_rows, gpu_scores,
+                                          gpu_sums)
 from sparse_lm.kernels.sparse_ffn.gpu_rows import GROUP
 from sparse_lm.kernels.sparse_ffn.gpu_scores import CHUNK, TILE
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
@@ -103,7 +104,8 @@ def _rows(up_FxU: jax.Array | None, down_FxD: jax.Array
 
 
 def _activate(select, scores: list[jax.Array]) -> list[jax.Array]:
-  return [mosaic_gpu.inlined(select.activation)(score) for score in scores]
+  return [mosaic_gpu.inlined(select.activation, LANES)(score)
+          for score in scores]
 
 
 def _scores(tokens: int, neurons: int) -> list[jax.ShapeDtypeStruct]:
@@ -246,7 +248,8 @@ def _add_active(select, up_activation, score, statistics, x_BxD, up_FxU,
 
 
 def _add_up(x_BxD, y, count) -> tuple[jax.Array, jax.Array]:
-  return y.sum(0).reshape(x_BxD.shape).astype(x_BxD.dtype), count.sum((0, 1))
+  y = gpu_sums.add_up(y.reshape(y.shape[0], -1), x_BxD.dtype)
+  return y.reshape(x_BxD.shape), count.sum((0, 1))
 
 
 def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,

@@ -5,12 +5,13 @@ skipped: rows of inactive neurons are multiplied by 0. What is left to gain is
 that the threshold, the activation and the product of the branches take little
 time of their own.
 
-Three kernels. The first streams `gate` and `up` through the tensor cores,
-tokens being the 64 rows of a product whatever their number, and leaves both
-products of a tile of neurons, the scores' mean and their squared deviations.
+Three kernels and a sum. The first streams `gate` and `up` through the tensor
+cores, tokens being the 64 rows of a product whatever their number, and leaves
+both products of a tile of neurons, the scores' mean and their squared
+deviations.
 The second makes thresholds of the tiles' statistics, and of scores what `down`
 multiplies. The third streams `down`, some columns and some neurons a thread
-block; XLA adds the blocks' sums in a fixed order.
+block; `gpu_sums` adds the blocks' sums.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.sparse_ffn import gpu_sums
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
-                                                 Select, StatisticalTopk,
-                                                 linear)
+                                                 Select, StatisticalTopk)
 
 # Rows of a tensor core product: of tokens, and of what no token has filled.
 # What those hold, anything, stays in their rows.
@@ -240,7 +241,10 @@ def _products(x_NxD, gate_FxR, up_FxU):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _hidden(select, up_activation, products, statistics):
-  """What `down` multiplies (N, F), and blocks' active neurons (N, blocks)."""
+  """What `down` multiplies (N, F), and blocks' active neurons (N, blocks).
+
+  `select` is None where scores are activations already, which XLA has made.
+  """
   tokens, neurons = products[0].shape
   tiles, size = neurons // _tile(neurons), _tile(neurons)
   columns = next(n for n in (512, 256, 128, 64) if neurons % n == 0)
@@ -259,12 +263,18 @@ def _hidden(select, up_activation, products, statistics):
     if isinstance(select, StatisticalTopk):
       theta = _threshold(select, statistics, tiles, size)
       score = jnp.maximum(score - _across(theta, score.shape, _TOKENS), 0.0)
-    hidden = mosaic_gpu.inlined(select.activation)(score)
+    hidden = score
+    if select is not None:
+      hidden = mosaic_gpu.inlined(select.activation, _TOKENS)(score)
     mosaic_gpu.store(count_gmem.at[rows, block],
                      jnp.where(hidden != 0.0, 1.0, 0.0).sum(1))
     for product in up:
-      hidden *= mosaic_gpu.inlined(up_activation)(product)
+      hidden *= mosaic_gpu.inlined(up_activation, _TOKENS)(product)
     mosaic_gpu.store(hidden_gmem.at[where], hidden.astype(jnp.bfloat16))
+    plgpu.commit_smem()  # All have read. What XLA has made is XLA's.
+    lines = columns // 32
+    for gmem in product_gmems[select is None:]:
+      mosaic_gpu.discard(gmem.at[rows], block * lines, (_EIGHT, lines), neurons)
 
   out = (jax.ShapeDtypeStruct((tokens, neurons), jnp.bfloat16),
          jax.ShapeDtypeStruct((tokens, grid[0]), jnp.float32))
@@ -307,9 +317,9 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
   products, statistics = _products(jnp.pad(x_BxD, more), gate_FxR, up_FxU)
   if not isinstance(select, (Elementwise, StatisticalTopk)):
     # Of the whole row: XLA's work.
-    products[0] = jnp.pad(select(products[0][:tokens]), more)
-    select = Elementwise(linear)
+    products[0], select = jnp.pad(select(products[0][:tokens]), more), None
   hidden_NxF, count = _hidden(select, up_activation, products, statistics)
   y = _down(hidden_NxF, down_FxD)
-  return (y.sum(0)[:tokens].astype(x_BxD.dtype),
+  y = gpu_sums.add_up(y.reshape(y.shape[0], -1), x_BxD.dtype)
+  return (y.reshape(-1, x_BxD.shape[1])[:tokens],
           count.sum(1)[:tokens].astype(jnp.int32))

@@ -153,9 +153,10 @@ def add_rows(part, first_neuron, activations: list[jax.Array], x,
     """
     plgpu.barrier_wait(smem["up_barriers"].at[part * places + place])
     product = mosaic_gpu.row_products(smem["up"].at[part, place], x)
-    hidden = mosaic_gpu.load(hidden_smem.at[place],
-                             mosaic_gpu.ROW_A_WARP.reduce((1, 2)))
-    hidden_smem[place] = hidden * mosaic_gpu.inlined(up_activation)(product)
+    layout = mosaic_gpu.ROW_A_WARP.reduce((1, 2))
+    hidden = mosaic_gpu.load(hidden_smem.at[place], layout)
+    hidden_smem[place] = hidden * mosaic_gpu.inlined(
+        up_activation, layout)(product)
     plgpu.commit_smem()
 
   def one_batch(n, y):

@@ -14,7 +14,8 @@ import pytest
 from sparse_lm.kernels.add_norm import xla as add_norm
 from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk,
                                           add_norm_and_sparse_ffn, gpu,
-                                          gpu_all, sparse_ffn, unsupported)
+                                          gpu_all, gpu_sums, sparse_ffn,
+                                          unsupported)
 from sparse_lm.kernels.sparse_ffn.gpu_scores import TILE
 
 VERSION = jax.__version_info__
@@ -144,6 +145,22 @@ def test_what_is_not_finite_shows_after_the_norm(where):
   assert np.isnan(np.asarray(y, np.float32)).any()
 
 
+@many_blocks
+@pytest.mark.parametrize("rows, kernel", [
+    (7, True), (27, True), (64, True), (66, False), (84, True), (216, True),
+    (218, False), (260, False)])
+def test_partial_sums(rows, kernel):
+  """What is added up is lost afterwards, and not before."""
+  y = np.random.default_rng(rows).normal(size=(rows, 256))
+  y = y.astype(np.float32)
+  params = plgpu.InterpretGPUParams(detect_races=True)
+  with plgpu.force_gpu_interpret_mode(params):
+    total = gpu_sums.add_up(jnp.array(y), jnp.dtype(jnp.float32))
+  np.testing.assert_allclose(total, y.astype(np.float64).sum(0), atol=1e-4)
+  text = str(jax.make_jaxpr(lambda y: gpu_sums.add_up(y, y.dtype))(y))
+  assert ("add_partial_sums" in text) == kernel
+
+
 @interpreted
 def test_rows_come_in_batches_of_any_size(monkeypatch):
   """Of three, and more active neurons in a block than two batches hold."""
@@ -263,4 +280,4 @@ def test_lowers_with_the_norm_before_it(width):
       implementation="pallas_gpu")).trace(
           token, token, scale, scale, *rest).lower(
               lowering_platforms=("cuda",))
-  assert lowered.as_text().count("@mosaic_gpu") == 2
+  assert lowered.as_text().count("@mosaic_gpu") == 3
