@@ -18,7 +18,7 @@ from sparse_lm.kernels.add_norm.gpu_project import (
     add_norm_and_project as add_norm_and_project)
 from sparse_lm.kernels.add_norm.gpu_project import (
     takes_in_rows as takes_in_rows)
-from sparse_lm.kernels.add_norm.gpu_token import load_and_add
+from sparse_lm.kernels.add_norm.gpu_token import add_and_norm, load_token
 
 _MAX_COLUMNS = 8192
 _MAX_TOKENS = 64
@@ -41,8 +41,9 @@ def _token(epsilon, x_gmem, y_gmem, y_scale_gmem, scale_gmem, sum_gmem,
            norm_gmem) -> None:
   """One token: see `api.add_norm` for what the arrays are."""
   token = lax.axis_index("token")
-  total, norm = load_and_add((x_gmem.at[token], y_gmem.at[token], y_scale_gmem,
-                              scale_gmem), epsilon)
+  total, norm = add_and_norm(
+      *load_token((x_gmem.at[token], y_gmem.at[token], y_scale_gmem,
+                   scale_gmem)), epsilon)
   mosaic_gpu.store(sum_gmem.at[token], total)
   mosaic_gpu.store(norm_gmem.at[token], norm)
 

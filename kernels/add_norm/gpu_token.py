@@ -13,6 +13,25 @@ from sparse_lm.kernels import mosaic_gpu
 _COLUMNS = 512
 
 
+def rms_factor(x, epsilon: float, add_up: Callable[[jax.Array], jax.Array]
+               = jnp.sum) -> jax.Array:
+  """1 / rms(x), a scalar; see `add_and_norm` for the arguments."""
+  x = x.astype(jnp.float32)
+  return lax.rsqrt(add_up(x * x) / x.size + epsilon)
+
+
+def scaled(x, factor, scale) -> jax.Array:
+  """x * factor * (1 + scale) in float32, then bfloat16."""
+  x = x.astype(jnp.float32) * factor * (1.0 + scale)
+  return x.astype(jnp.bfloat16)
+
+
+def add(x, y) -> jax.Array:
+  """x + y: in float32 that is rounded once, as by XLA."""
+  total = x.astype(jnp.float32) + y.astype(jnp.float32)
+  return total.astype(jnp.bfloat16)
+
+
 def add_and_norm(x, y, y_scale, scale, epsilon: float,
                  add_up: Callable[[jax.Array], jax.Array] = jnp.sum
                  ) -> tuple[jax.Array, jax.Array]:
@@ -27,21 +46,15 @@ def add_and_norm(x, y, y_scale, scale, epsilon: float,
     add_up: sums an array's numbers.
   """
   def norm(x, scale):
-    x = x.astype(jnp.float32)
-    mean_square = add_up(x * x) / x.size
-    x = x * lax.rsqrt(mean_square + epsilon) * (1.0 + scale)
-    return x.astype(jnp.bfloat16)
+    return scaled(x, rms_factor(x, epsilon, add_up), scale)
 
-  # In float32 a sum of two bfloat16 numbers is rounded once, as by XLA.
-  x = x.astype(jnp.float32) + norm(y, y_scale).astype(jnp.float32)
-  x = x.astype(jnp.bfloat16)
+  x = add(x, norm(y, y_scale))
   return x, norm(x, scale)
 
 
-def load_and_add(refs, epsilon: float) -> tuple[jax.Array, jax.Array]:
-  """As `add_and_norm`, of arrays (D,) in memory that one warpgroup loads."""
+def load_token(refs) -> list[jax.Array]:
+  """Arrays (D,) in memory that one warpgroup loads."""
   columns = refs[0].shape[0]
   vector = 4 if columns % _COLUMNS == 0 else 2
   layout = plgpu.Layout.WG_STRIDED((columns,), vector)
-  return add_and_norm(*(mosaic_gpu.load(ref, layout, optimized=False)
-                        for ref in refs), epsilon)
+  return [mosaic_gpu.load(ref, layout, optimized=False) for ref in refs]

@@ -133,18 +133,18 @@ def _add_norm_and_predict(x_1xD, y_1xD, y_scale_D, scale_D, epsilon, gate_FxR):
   """As `_predict`, of norm(x + norm(y)); also that sum and its norm, (1, D)."""
   neurons, width = gate_FxR.shape
 
-  def add_and_write_scores(*refs, norm_smem, **smem):
+  def add_and_write_scores(*refs, token_smem, **smem):
     *tokens, gate_gmem, score_gmem, statistics_gmem, sum_gmem, norm_gmem = refs
     gpu_scores.write_scores(
-        functools.partial(gpu_scores.add_and_norm, tokens, epsilon, sum_gmem,
-                          norm_gmem, norm_smem),
+        functools.partial(gpu_scores.put_and_norm, tokens, epsilon, sum_gmem,
+                          norm_gmem, token_smem),
         gate_gmem, score_gmem, statistics_gmem, **smem)
 
   like_x = jax.ShapeDtypeStruct((x_1xD.size,), x_1xD.dtype)
   score, statistics, *tokens = _kernel(
       add_and_write_scores, [*_scores(1, neurons), like_x, like_x],
       neurons // TILE, 1, 1,
-      norm_smem=plgpu.SMEM(like_x.shape, like_x.dtype),
+      token_smem=plgpu.SMEM((2, *like_x.shape), like_x.dtype),
       **gpu_scores.scratch(width, added=True))(
           *(a.reshape(-1) for a in (x_1xD, y_1xD, y_scale_D, scale_D)),
           gate_FxR)

@@ -1,5 +1,8 @@
 """Inside the GPU kernels: a tile's scores, and the threshold of them all."""
 
+from collections.abc import Callable
+import functools
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
@@ -7,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
-from sparse_lm.kernels.add_norm.gpu_token import load_and_add
+from sparse_lm.kernels.add_norm.gpu_token import (add, load_token,
+                                                  rms_factor, scaled)
 from sparse_lm.kernels.mosaic_gpu import LANES
 from sparse_lm.kernels.sparse_ffn.select import StatisticalTopk
 
@@ -49,18 +53,22 @@ def scratch(width: int, added: bool = False) -> dict:
 
 
 def multiply_gate(tile, get_x, gate_gmem, *, x_smem, gate_smem, score_smem,
-                  chunk_barriers) -> None:
+                  chunk_barriers):
   """Leaves a tile's scores in shared memory.
 
   Args:
     tile: which one, traced.
     get_x: the tokens (B, D) in global memory, at most 8; or a function that
-      leaves them in x_smem.
+      leaves them in x_smem, and returns one to be called while the last chunks
+      are on their way.
     gate_gmem: the gate (F, R).
     x_smem: chunks of x's columns.
     gate_smem: chunks of the tile's columns.
     score_smem: written, (64, 8).
     chunk_barriers: when the chunks are there.
+
+  Returns:
+    What that second function does, if there is one.
   """
   rows = pl.ds(tile * TILE, TILE)
   # Those beyond the tokens become 0. Literal bounds would be checked: 0 * tile.
@@ -76,7 +84,7 @@ def multiply_gate(tile, get_x, gate_gmem, *, x_smem, gate_smem, score_smem,
       plgpu.copy_gmem_to_smem(gmem.at[lines, columns], smem.at[slot],
                               chunk_barriers.at[slot])
 
-  def multiply(accumulator):
+  def multiply(meanwhile, accumulator):
     for chunk in range(chunks):
       slot = chunk % copies
       plgpu.barrier_wait(chunk_barriers.at[slot])
@@ -85,44 +93,67 @@ def multiply_gate(tile, get_x, gate_gmem, *, x_smem, gate_smem, score_smem,
       plgpu.wgmma_wait(0)
       if chunk + copies < chunks:
         copy(chunk + copies)
-    return accumulator[...]
+      if chunk == copies - 1:
+        result = meanwhile()
+    mosaic_gpu.store(score_smem, accumulator[...])
+    return result
 
   for chunk in range(copies):
     copy(chunk)
-  if callable(get_x):
-    get_x(x_smem)
-  mosaic_gpu.store(score_smem, pl.run_scoped(
-      multiply, plgpu.ACC(score_smem.shape, jnp.float32)))
+  meanwhile = get_x(x_smem) if callable(get_x) else lambda: None
+  result = pl.run_scoped(functools.partial(multiply, meanwhile),
+                         plgpu.ACC(score_smem.shape, jnp.float32))
   plgpu.commit_smem()
+  return result
 
 
-def add_and_norm(refs, epsilon: float, sum_gmem, norm_gmem, norm_smem, x_smem
-                 ) -> None:
+def put_and_norm(refs, epsilon: float, sum_gmem, norm_gmem, token_smem, x_smem
+                 ) -> Callable[[], tuple[jax.Array, jax.Array]]:
   """The one token is norm(x + norm(y)): a kernel less, while the gate comes.
 
+  Norms multiply by factors that are known late. So the gate multiplies what
+  those do, x (1 + scale) and y (1 + y_scale) (1 + scale), as two tokens;
+  `write_scores` puts the scores together.
+
   Args:
-    refs: as `load_and_add` has them.
-    epsilon: likewise.
+    refs: x, y and the scales of the norms of y and of the sum, (D,).
+    epsilon: added to mean squares.
     sum_gmem: written by the first block, (D,): x + norm(y).
     norm_gmem: likewise, its norm.
-    norm_smem: likewise, by every block.
+    token_smem: (2, D) in bfloat16, to put things in.
     x_smem: written, as `multiply_gate` has it.
+
+  Returns:
+    What makes the rest, and the factors of the norms of y and of the sum.
   """
-  total, norm = load_and_add(refs, epsilon)
-  norm_smem[...] = norm
+  x, y, y_scale, scale = load_token(refs)
+  for i, token in enumerate((x, y.astype(jnp.float32) * (1.0 + y_scale))):
+    mosaic_gpu.store(token_smem.at[i], scaled(token, 1.0, scale))
   plgpu.commit_smem()
+  row = plgpu.broadcasted_iota(jnp.int32, x_smem.shape[1:], 0, layout=_EIGHT)
   for chunk in range(x_smem.shape[0]):
-    part = mosaic_gpu.load(norm_smem.at[pl.ds(chunk * CHUNK, CHUNK)],
-                           _EIGHT.reduce(0), optimized=False)
-    # Eight times the same token: the tensor cores take no fewer.
-    part = lax.broadcast_in_dim(part, x_smem.shape[1:], (1,))
-    mosaic_gpu.store(x_smem.at[chunk], plgpu.layout_cast(part, _EIGHT))
+    # Four times: the tensor cores take no fewer.
+    first, second = (plgpu.layout_cast(lax.broadcast_in_dim(
+        mosaic_gpu.load(token_smem.at[i, pl.ds(chunk * CHUNK, CHUNK)],
+                        _EIGHT.reduce(0), optimized=False), row.shape, (1,)),
+                                       _EIGHT) for i in (0, 1))
+    mosaic_gpu.store(x_smem.at[chunk],
+                     jnp.where(row % 2 == 0, first, second))
   plgpu.commit_smem()
 
-  @pl.when(lax.axis_index("block") == 0)
-  def _():
-    mosaic_gpu.store(sum_gmem, total)
-    mosaic_gpu.store(norm_gmem, norm)
+  def finish():
+    y_factor = rms_factor(y, epsilon)
+    total = add(x, scaled(y, y_factor, y_scale))
+    factor = rms_factor(total, epsilon)
+
+    @pl.when(lax.axis_index("block") == 0)
+    def _():
+      mosaic_gpu.store(sum_gmem, total)
+      mosaic_gpu.store(norm_gmem, scaled(total, factor, scale))
+
+    return y_factor, factor
+
+  return finish
 
 
 def write_scores(get_x, gate_gmem, score_gmem, statistics_gmem, *,
@@ -130,7 +161,8 @@ def write_scores(get_x, gate_gmem, score_gmem, statistics_gmem, *,
   """A kernel's body: a tile's scores, their mean and deviations from it.
 
   Args:
-    get_x: as for `multiply_gate`, like the gate.
+    get_x: as for `multiply_gate`, like the gate; a function: what
+      `put_and_norm` is but for its last argument.
     gate_gmem: the gate.
     score_gmem: written, (B, F).
     statistics_gmem: written, (2, B, t): means, then squared deviations.
@@ -138,9 +170,16 @@ def write_scores(get_x, gate_gmem, score_gmem, statistics_gmem, *,
     **smem: likewise.
   """
   tile = lax.axis_index("block")
-  multiply_gate(tile, get_x, gate_gmem, score_smem=score_smem, **smem)
+  factors = multiply_gate(tile, get_x, gate_gmem, score_smem=score_smem, **smem)
+
+  def load(token):
+    return mosaic_gpu.load(score_smem.at[:, token], LANES, optimized=False)
+
   for token in range(score_gmem.shape[0]):
-    score = mosaic_gpu.load(score_smem.at[:, token], LANES, optimized=False)
+    score = load(token)
+    if factors:
+      y_factor, factor = factors
+      score = factor * (score + y_factor * load(1))
     mosaic_gpu.store(score_gmem.at[token, pl.ds(tile * TILE, TILE)], score)
     mean = score.sum() / TILE
     deviation = score - mean

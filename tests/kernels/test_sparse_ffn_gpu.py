@@ -69,9 +69,9 @@ def run(arrays, select, up_activation=linear):
                    up_activation=up_activation)
 
 
-def close(y, expected):
+def close(y, expected, tolerance=4e-3):
   error = np.linalg.norm(np.asarray(y, np.float64) - expected)
-  return error <= 4e-3 * np.linalg.norm(expected)
+  return error <= tolerance * np.linalg.norm(expected)
 
 
 @interpreted
@@ -127,11 +127,14 @@ def test_with_the_norm_before_it(shape, select):
   assert gpu.takes_in_add_norm(x, select)
   total, y, active = interpret(add_norm_and_sparse_ffn, x, *norm, *rest,
                                epsilon=1e-6, select=select)
-  expected, normed = add_norm.add_norm(x, *norm, 1e-6)
+  expected, _ = add_norm.add_norm(x, *norm, 1e-6)
   np.testing.assert_array_equal(total, expected)
-  expected, count = formula([normed, *rest], select, linear)
+  # Not rounded: gate and up round it each in a way of its own.
+  token = np.asarray(expected, np.float64)
+  token *= (1 + np.asarray(norm[-1])) / np.sqrt((token**2).mean() + 1e-6)
+  expected, count = formula([token, *rest], select, linear)
   np.testing.assert_array_equal(active, count)
-  assert close(y, expected)
+  assert close(y, expected, 6e-3)
 
 
 @interpreted
