@@ -100,7 +100,6 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
     scores: (N, T, F), columns of the layers' gates; None: of N(0, 1 / R).
   """
   graphs, states = [], []
-  gate_dim, _ = config.input_dims(model_dim)
   for seed in range(count):
     ffn = FFN(config, LinearInputsConfig(), model_dim, nnx.Rngs(seed))
     if scores is not None:
@@ -110,24 +109,30 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
     graphs.append(graph)
     states.append(jax.tree.map(lambda x: x.astype(dtype), state))
 
+  def chain(x_Bx1xD, y_Bx1xD):
+    """What the next layer multiplies, once this one is done; what is left."""
+    if skip:  # No kernel of XLA's stands between kernels.
+      return jax.lax.optimization_barrier((x_Bx1xD, y_Bx1xD))
+    x_Bx1xD = jnp.sign(y_Bx1xD)  # By the kernel that adds the last sums up.
+    return x_Bx1xD, x_Bx1xD
+
   def one_pass(states, x_Bx1xD):
-    active = []
+    outputs, active = [], []
     for graph, state in zip(graphs, states):
-      y, activity = nnx.merge(graph, state)(x_Bx1xD)
-      # Each layer waits for the last, and scores keep their scale.
-      kept = 0 if scores is None else gate_dim
-      x_Bx1xD = jnp.concatenate([x_Bx1xD[..., :kept],
-                                 jnp.sign(y)[..., kept:]], -1)
+      y_Bx1xD, activity = nnx.merge(graph, state)(x_Bx1xD)
+      x_Bx1xD, y_Bx1xD = chain(x_Bx1xD, y_Bx1xD)
+      outputs.append(y_Bx1xD)
       counted = activity.measure(DECODING, jnp.ones(x_Bx1xD.shape[:2], bool),
                                  None)
       active.append(counted[DECODING[0]])
-    return x_Bx1xD, active
+    return (x_Bx1xD, outputs), active
 
   @jax.jit
   def run(states, x_Bx1xD):
     # Many in a program, or a GPU waits for the host to start each.
     return jax.lax.fori_loop(
-        0, _PASSES, lambda _, x: one_pass(states, x)[0], x_Bx1xD)
+        0, _PASSES, lambda _, carry: one_pass(states, carry[0])[0],
+        (x_Bx1xD, [x_Bx1xD] * count))
 
   return run, jax.jit(one_pass), states
 
