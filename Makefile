@@ -9,7 +9,9 @@ WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 # -P: not the folder at hand, where sparse_lm lacks kernels and configs.
 GPU_PYTHON = PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) -P
 
-.PHONY: train test gpu-check clean
+.PHONY: train test gpu-check gpu-install gpu-test gpu-benchmark clean
+# What is timed runs alone.
+.NOTPARALLEL:
 
 train: .venv/installed
 	$(BIN)/python -m sparse_lm.train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -19,10 +21,16 @@ test: .venv/installed-test
 
 # Installed without dependencies, so that an image's own jax is used and data
 # libraries are not needed.
-gpu-check:
+gpu-check: gpu-test gpu-benchmark
+
+gpu-install:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index \
 	  --upgrade --target .gpu-check .
+
+gpu-test: gpu-install
 	$(GPU_PYTHON) -m pytest --noconftest -q tests/gpu
+
+gpu-benchmark: gpu-install
 	for suite in ffn relu_ffn; do \
 	  $(GPU_PYTHON) -m sparse_lm.benchmark --suite=$$suite --layers=26 || exit 1; done
 	for suite in topk_training attention_training decode; do \
