@@ -35,9 +35,11 @@ _LAYOUTS = {
 def _split(rows: int) -> tuple[int, int] | None:
   """Warpgroups, and warps of each, that share rows; None where none can."""
   warps = 4 if rows > _FEW else 1
-  if rows % warps or rows > warps * _FEW:
+  if rows % warps or not 2 * warps <= rows <= warps * _FEW:
     return None
-  return next(n for n in (4, 3, 2, 1) if rows // warps % n == 0), warps
+  # Two rows or more each: jax 0.10 loads no single ones.
+  each = rows // warps
+  return next(n for n in (4, 3, 2, 1) if each % n == 0 and each > n), warps
 
 
 @functools.partial(jax.jit, static_argnums=1)

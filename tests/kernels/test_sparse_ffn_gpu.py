@@ -150,7 +150,7 @@ def test_what_is_not_finite_shows_after_the_norm(where):
 
 @many_blocks
 @pytest.mark.parametrize("rows, kernel", [
-    (7, True), (27, True), (64, True), (66, False), (84, True), (216, True),
+    (1, False), (4, True), (7, True), (27, True), (64, True), (66, False), (84, True), (216, True),
     (218, False), (260, False)])
 def test_partial_sums(rows, kernel):
   """What is added up is lost afterwards, and not before."""
