@@ -266,9 +266,11 @@ def _time_model(model: ModelConfig, prompts: Sequence[int], steps: int,
       pass
     return (time.perf_counter() - start) / steps
 
-  # The first lap of each compiles.
-  return {prompt: statistics.median([lap(prompt) for _ in range(repeats + 1)
-                                     ][1:]) for prompt in prompts}
+  # The first round compiles. In turn, so that what slows the machine for a
+  # while does not slow one length alone.
+  _, *rounds = [[lap(prompt) for prompt in prompts]
+                for _ in range(repeats + 1)]
+  return dict(zip(prompts, map(statistics.median, zip(*rounds))))
 
 
 def time_decode(num_layers: int, prompts: Sequence[int],
