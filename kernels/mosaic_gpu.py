@@ -21,6 +21,15 @@ BY_THREAD = plgpu.Layout.TILED(
     plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,),
     vector_dim=-1)
 
+# Of (rows, 128): a column a thread.
+COLUMN_A_THREAD = plgpu.Layout.TILED(
+    plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,),
+    vector_dim=-1)
+# Of (rows, 32): a column a lane, the same in each warp.
+COLUMN_A_LANE = plgpu.Layout.TILED(
+    plgpu.Tiling(((1, 32), (1,))), warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-2,), vector_dim=-1)
+
 # Multiprocessors of an H100 or H200.
 PROCESSORS = 132
 # Whether kernels can put arrays together.
@@ -116,9 +125,7 @@ def send(number_T: jax.Array, block_T: jax.Array, place_T: jax.Array, ref
   @plgpu.inline_mgpu(arg_types=(BY_THREAD,) * 3 + (plgpu.RefType(),))
   def cluster_send(_, *operands):
     *arrays, ref = operands
-    i32 = ir.IntegerType.get_signless(32)
-    registers = [llvm.extractelement(x.registers.item(), utils.c(0, i32))
-                 for x in arrays]
+    registers = [_register(x) for x in arrays]
     _run_ptx("""{
       .reg .pred there;
       .reg .b32 blocks, address;
@@ -128,7 +135,8 @@ def send(number_T: jax.Array, block_T: jax.Array, place_T: jax.Array, ref
       @there mapa.shared::cluster.u32 address, address, $1;
       @there st.shared::cluster.f32 [address], $0;
     }""", "f,r,r,r,~{memory}", *registers,
-             llvm.ptrtoint(i32, utils.memref_ptr(ref)))
+             llvm.ptrtoint(ir.IntegerType.get_signless(32),
+                           utils.memref_ptr(ref)))
 
   cluster_send(*(plgpu.layout_cast(x, BY_THREAD)
                  for x in (number_T, block_T, place_T)), ref)
@@ -204,9 +212,6 @@ def discard(ref, first, shape: tuple[int, int], columns: int) -> None:
   """
   @plgpu.inline_mgpu(arg_types=(BY_THREAD, plgpu.RefType()))
   def line_discard(_, start_T, ref):
-    start = llvm.extractelement(
-        start_T.registers.item(),
-        utils.c(0, ir.IntegerType.get_signless(32)))
     address = llvm.ptrtoint(ir.IntegerType.get_signless(64),
                             utils.memref_ptr(ref))
     _run_ptx("""{
@@ -215,7 +220,7 @@ def discard(ref, first, shape: tuple[int, int], columns: int) -> None:
       setp.ge.s32 there, $0, 0;
       mad.wide.s32 address, $0, 4, $1;
       @there discard.global.L2 [address], 128;
-    }""", "r,l,~{memory}", start, address)
+    }""", "r,l,~{memory}", _register(start_T), address)
 
   rows, lines = shape
   shift = lines.bit_length() - 1
@@ -225,6 +230,12 @@ def discard(ref, first, shape: tuple[int, int], columns: int) -> None:
         first + (index_T & (lines - 1))) * 32
     line_discard(jnp.where(index_T < rows * lines, start_T, -1), ref)
     index_T += 128
+
+
+def _register(number_T):
+  """A thread's number, of an array in layout `BY_THREAD`."""
+  zero = utils.c(0, ir.IntegerType.get_signless(32))
+  return llvm.extractelement(number_T.registers.item(), zero)
 
 
 def _run_ptx(text: str, constraints: str, *operands) -> None:

@@ -47,14 +47,6 @@ BY_COLUMN = plgpu.Layout.TILED(
 BY_LANE = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 4), (1,))), warp_dims=(plgpu.Replicated(4),),
     lane_dims=(-3, -2), vector_dim=-1)
-# Of (rows, 128): a column a thread.
-_BY_THREAD = plgpu.Layout.TILED(
-    plgpu.Tiling(((1, _COLUMNS), (32,), (1,))), warp_dims=(-3,),
-    lane_dims=(-2,), vector_dim=-1)
-# Of (rows, 32): a column a lane, the same in each warp.
-_BY_LANE = plgpu.Layout.TILED(
-    plgpu.Tiling(((1, _LANES), (1,))), warp_dims=(plgpu.Replicated(4),),
-    lane_dims=(-2,), vector_dim=-1)
 # Of a row: the same in each warp.
 _ROW = plgpu.Layout.TILED(
     plgpu.Tiling(((64,), (2,))), warp_dims=(plgpu.Replicated(4),),
@@ -389,7 +381,8 @@ def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
     g = job // blocks
     total, *both = _add_up(
         m.part_smem.at[:, g, pl.ds(job % blocks * _COLUMNS, _COLUMNS)],
-        [m.sum_smem.at[i, of + g] for i in (0, 1)], _BY_THREAD, rescale)
+        [m.sum_smem.at[i, of + g] for i in (0, 1)],
+        mosaic_gpu.COLUMN_A_THREAD, rescale)
     warp, lane = threads()
     job = (of * blocks + job) * WARPS + warp
     block, place = job % at.cluster, job // at.cluster
@@ -415,7 +408,8 @@ def join(at: Place, m, totals, sums, finish: Callable, rescale: bool = False
     place, first = job // at.cluster, job * _LANES
     total, *both = _add_up(
         m.all_part_smem.at[place],
-        [m.all_sum_smem.at[place, i] for i in (0, 1)], _BY_LANE, rescale)
+        [m.all_sum_smem.at[place, i] for i in (0, 1)],
+        mosaic_gpu.COLUMN_A_LANE, rescale)
     finish(first // width, first % width, total, *both)
 
   _share(at.part * at.cluster + at.block, PARTS * at.cluster,

@@ -19,17 +19,16 @@ from sparse_lm.kernels import mosaic_gpu
 _FEW = 64
 
 
-def _layout(*tiling, warps=(-3,)):
-  return plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=warps,
+def _layout(*tiling):
+  return plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=(-3,),
                             lane_dims=(-2,), vector_dim=-1)
 
 
 # By how many warps share a column: of what they load, (n, warps, columns), and
 # of their sums, (n, columns).
 _LAYOUTS = {
-    1: (_layout((1, 1, 128), (32,), (1,)), _layout((1, 128), (32,), (1,))),
-    4: (_layout((1, 4, 32), (1,)),
-        _layout((1, 32), (1,), warps=(plgpu.Replicated(4),)))}
+    1: (_layout((1, 1, 128), (32,), (1,)), mosaic_gpu.COLUMN_A_THREAD),
+    4: (_layout((1, 4, 32), (1,)), mosaic_gpu.COLUMN_A_LANE)}
 
 
 def _split(rows: int) -> tuple[int, int] | None:
