@@ -3,8 +3,24 @@
 import jax
 
 
-def generation(device: jax.Device) -> int:
-  """Of an NVIDIA GPU, 9 for Hopper; 0 for other devices."""
+def is_hopper(device: jax.Device) -> bool:
+  """Whether it is an NVIDIA GPU of compute capability 9.
+
+  What the GPU kernels are made of, Blackwell has not, or has not run.
+  """
   capability = str(getattr(device, "compute_capability", ""))
-  major = capability.split(".")[0]
-  return int(major) if device.platform == "gpu" and major.isdigit() else 0
+  return device.platform == "gpu" and capability.split(".")[0] == "9"
+
+
+def unserved(device: jax.Device, implementation: str) -> str | None:
+  """Why a device cannot run an operation's implementation, None where it can.
+
+  Args:
+    device: what it would run on.
+    implementation: its name.
+  """
+  if implementation == "pallas_gpu" and not is_hopper(device):
+    return f"needs an NVIDIA Hopper GPU, not {device.device_kind}"
+  if implementation == "pallas_tpu" and device.platform != "tpu":
+    return f"needs a TPU, not {device.device_kind}"
+  return None

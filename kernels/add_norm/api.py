@@ -2,23 +2,21 @@
 
 import jax
 
-from sparse_lm.kernels import devices
-from sparse_lm.kernels.implementations import loader
+from sparse_lm.kernels.devices import is_hopper
+from sparse_lm.kernels.implementations import Implementations
 
-# By name, the module that has it.
-IMPLEMENTATIONS: dict[str, str] = {"xla": "xla", "pallas_gpu": "gpu"}
-_module = loader("add_norm", IMPLEMENTATIONS)
+IMPLEMENTATIONS = Implementations("add_norm",
+                                  {"xla": "xla", "pallas_gpu": "gpu"})
 
 
 def unsupported(implementation: str, x_NxD: jax.Array) -> str | None:
   """Why an implementation cannot take such an array, None where it can."""
-  check = getattr(_module(implementation), "unsupported", None)
-  return check and check(x_NxD)
+  return IMPLEMENTATIONS.unsupported(implementation, x_NxD)
 
 
 def choose(device: jax.Device, x_NxD: jax.Array | jax.ShapeDtypeStruct) -> str:
   """The fastest implementation: the kernel for few tokens on Hopper."""
-  few = devices.generation(device) == 9 and not unsupported("pallas_gpu", x_NxD)
+  few = is_hopper(device) and not unsupported("pallas_gpu", x_NxD)
   return "pallas_gpu" if few else "xla"
 
 
@@ -35,16 +33,17 @@ def add_norm(x_NxD: jax.Array, y_NxD: jax.Array, y_scale_D: jax.Array,
     y_scale_D: of y's norm, float32.
     scale_D: of the sum's.
     epsilon: added to mean squares.
-    implementation: a key of `IMPLEMENTATIONS`; None: the fastest.
+    implementation: of `IMPLEMENTATIONS`; None: the fastest.
 
   Returns:
     The sum and its norm, both (N, D) in x's type.
 
   Raises:
-    ValueError: where the implementation that was asked for cannot serve.
+    ValueError: on an unknown implementation, one that cannot serve, or shapes
+      that do not fit.
   """
-  return _checked(implementation, x_NxD).add_norm(x_NxD, y_NxD, y_scale_D,
-                                                  scale_D, epsilon)
+  arrays = x_NxD, y_NxD, y_scale_D, scale_D
+  return _checked(implementation, *arrays).add_norm(*arrays, epsilon)
 
 
 def add_norm_and_project(
@@ -68,8 +67,8 @@ def add_norm_and_project(
   Raises:
     ValueError: as `add_norm`.
   """
-  module = _checked(implementation, x_NxD)
   arrays = x_NxD, y_NxD, y_scale_D, scale_D
+  module = _checked(implementation, *arrays)
   takes_in = getattr(module, "takes_in_rows", None)
   if takes_in and takes_in(x_NxD, rows_FxD):
     return module.add_norm_and_project(*arrays, rows_FxD, epsilon)
@@ -78,10 +77,15 @@ def add_norm_and_project(
   return x_NxD, jax.lax.dot_general(norm_NxD, rows_FxD, contract)
 
 
-def _checked(implementation: str | None, x_NxD: jax.Array):
-  """The implementation's module, if it can serve such an array."""
+def _checked(implementation: str | None, x_NxD: jax.Array, y_NxD: jax.Array,
+             y_scale_D: jax.Array, scale_D: jax.Array):
+  """The implementation's module, if it can serve such arrays."""
+  if (y_NxD.shape, y_NxD.dtype) != (x_NxD.shape, x_NxD.dtype):
+    raise ValueError(f"y_NxD is {y_NxD.dtype}{list(y_NxD.shape)}, expected "
+                     f"x_NxD's {x_NxD.dtype}{list(x_NxD.shape)}")
+  for name, scale in (("y_scale_D", y_scale_D), ("scale_D", scale_D)):
+    if scale.shape != x_NxD.shape[1:]:
+      raise ValueError(f"{name} has shape {scale.shape}, expected "
+                       f"{x_NxD.shape[1:]}")
   implementation = implementation or choose(jax.devices()[0], x_NxD)
-  reason = unsupported(implementation, x_NxD)
-  if reason:
-    raise ValueError(f"implementation={implementation!r}: {reason}")
-  return _module(implementation)
+  return IMPLEMENTATIONS.serving(implementation, x_NxD)

@@ -1,39 +1,55 @@
-"""Dense attention for one token a row: what it takes, and where."""
+"""One signature for every implementation of dense attention of one token."""
 
 import jax
 
-from sparse_lm.kernels.devices import generation
+from sparse_lm.kernels.devices import is_hopper
+from sparse_lm.kernels.implementations import Implementations
+from sparse_lm.kernels.newest_token import query_of
+
+# `reference` is what the other is tested against.
+IMPLEMENTATIONS = Implementations(
+    "dense_attention", {"pallas_gpu": "gpu", "reference": "reference"})
 
 
-def _gpu():
-  # Lazy: Pallas takes a while to import.
-  from sparse_lm.kernels.dense_attention import gpu  # pylint: disable=g-import-not-at-top
-  return gpu
-
-
-def unsupported(query_BxKxGxE: jax.Array, key_BxKxSxE: jax.Array) -> str | None:
-  """Why the kernel cannot serve, None where it can.
+def unsupported(implementation: str, query_BxKxGxE: jax.Array,
+                key_BxKxSxE: jax.Array) -> str | None:
+  """Why an implementation cannot serve, None where it can.
 
   Args:
+    implementation: of `IMPLEMENTATIONS`.
     query_BxKxGxE: one query for each row and head; shapes and types alone
       matter.
     key_BxKxSxE: the cache's keys, like its values.
+
+  Raises:
+    ValueError: on an unknown implementation.
   """
-  return _gpu().unsupported(query_BxKxGxE, key_BxKxSxE)
+  return IMPLEMENTATIONS.unsupported(implementation, query_BxKxGxE, key_BxKxSxE)
 
 
 def choose(device: jax.Device, query_BxKxGxE: jax.Array,
            key_BxKxSxE: jax.Array) -> str | None:
-  """"pallas_gpu" where that is faster than XLA, on Hopper; None elsewhere."""
-  if generation(device) != 9 or unsupported(query_BxKxGxE, key_BxKxSxE):
-    return None
-  return "pallas_gpu"
+  """The implementation that is faster than XLA's kernels.
+
+  Args:
+    device: what it would run on.
+    query_BxKxGxE: as for `unsupported`, like the other.
+    key_BxKxSxE: the cache's keys.
+
+  Returns:
+    One of `IMPLEMENTATIONS`; None where there is none: elsewhere than on
+    Hopper.
+  """
+  served = is_hopper(device) and not unsupported("pallas_gpu", query_BxKxGxE,
+                                                 key_BxKxSxE)
+  return "pallas_gpu" if served else None
 
 
 def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
                      key_BxKxSxE: jax.Array, value_BxKxSxE: jax.Array,
                      lengths_B: jax.Array, *, window: jax.Array | int,
-                     logit_softcap: float = 0.0
+                     logit_softcap: float = 0.0,
+                     implementation: str | None = None
                      ) -> tuple[jax.Array, list[jax.Array]]:
   """One token: its key and value are written, then its queries attend.
 
@@ -48,20 +64,27 @@ def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
       last one, unless that is beyond the slots.
     window: how many tokens the query sees, itself included; may be traced.
     logit_softcap: cap * tanh(score / cap) before the softmax; 0: off.
+    implementation: of `IMPLEMENTATIONS`; None: what `choose` says of the first
+      device, or "reference".
 
   Returns:
     The mixed values (B, K, G, E), and the two arrays of the cache, written in
     place where they are not used again.
 
   Raises:
-    ValueError: on what `unsupported` says.
+    ValueError: on an unknown implementation, one that cannot serve, or shapes
+      that do not fit.
   """
-  b, k, _, e = key_BxKxSxE.shape
-  group = rows_BxRxE.shape[1] // k - 2
-  query = jax.ShapeDtypeStruct((b, k, group, e), rows_BxRxE.dtype)
-  reason = unsupported(query, key_BxKxSxE)
-  if reason:
-    raise ValueError(reason)
-  return _gpu().write_and_attend(rows_BxRxE, rotary_Bx2xT, key_BxKxSxE,
-                                 value_BxKxSxE, lengths_B, group, window,
+  query = query_of(rows_BxRxE, rotary_Bx2xT, value_BxKxSxE)
+  for name, array, expected in (
+      ("key_BxKxSxE", key_BxKxSxE, value_BxKxSxE.shape),
+      ("lengths_B", lengths_B, value_BxKxSxE.shape[:1])):
+    if array.shape != expected:
+      raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
+  if implementation is None:
+    implementation = (choose(jax.devices()[0], query, key_BxKxSxE)
+                      or "reference")
+  module = IMPLEMENTATIONS.serving(implementation, query, key_BxKxSxE)
+  return module.write_and_attend(rows_BxRxE, rotary_Bx2xT, key_BxKxSxE,
+                                 value_BxKxSxE, lengths_B, window,
                                  logit_softcap)

@@ -221,10 +221,11 @@ def _call(rows_BxRxE, rotary_Bx2xT, key_BxKxSxE, value_BxKxSxE, bounds_Bx3,
 
 def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
                      key_BxKxSxE: jax.Array, value_BxKxSxE: jax.Array,
-                     lengths_B: jax.Array, group: int,
-                     window: jax.Array | int, logit_softcap: float
+                     lengths_B: jax.Array, window: jax.Array | int,
+                     logit_softcap: float
                      ) -> tuple[jax.Array, list[jax.Array]]:
-  """As `api.write_and_attend`."""
+  """As `api.write_and_attend`; what it serves, `unsupported` says."""
+  group = rows_BxRxE.shape[1] // key_BxKxSxE.shape[1] - 2
   bounds_Bx3 = make_bounds(lengths_B, window, key_BxKxSxE.shape[2])
   return _call(rows_BxRxE, rotary_Bx2xT, key_BxKxSxE, value_BxKxSxE,
                bounds_Bx3, group, logit_softcap)

@@ -8,14 +8,12 @@ import math
 
 import jax
 
-from sparse_lm.kernels import devices
-from sparse_lm.kernels.implementations import loader
+from sparse_lm.kernels.devices import is_hopper
+from sparse_lm.kernels.implementations import Implementations
 
-# By name, the module that has it.
 # `reference` is what the others are tested against.
-IMPLEMENTATIONS: dict[str, str] = {
-    "xla": "xla", "pallas_gpu": "gpu", "reference": "reference"}
-_module = loader("spark_attention", IMPLEMENTATIONS)
+IMPLEMENTATIONS = Implementations("spark_attention", {
+    "xla": "xla", "pallas_gpu": "gpu", "reference": "reference"})
 
 
 def unsupported(implementation: str, query_BxKxGxLxE: jax.Array,
@@ -23,7 +21,7 @@ def unsupported(implementation: str, query_BxKxGxLxE: jax.Array,
   """Why an implementation cannot take such arrays, None where it can.
 
   Args:
-    implementation: a key of `IMPLEMENTATIONS`.
+    implementation: of `IMPLEMENTATIONS`.
     query_BxKxGxLxE: as `spark_attention` has it, like the others; or a
       `jax.ShapeDtypeStruct`.
     value_BxKxLxE: the values.
@@ -32,10 +30,8 @@ def unsupported(implementation: str, query_BxKxGxLxE: jax.Array,
   Raises:
     ValueError: on an unknown implementation.
   """
-  module = _module(implementation)
-  if not hasattr(module, "unsupported"):
-    return None
-  return module.unsupported(query_BxKxGxLxE, value_BxKxLxE, predictor_dim)
+  return IMPLEMENTATIONS.unsupported(implementation, query_BxKxGxLxE,
+                                     value_BxKxLxE, predictor_dim)
 
 
 def _split_by_compiler() -> bool:
@@ -60,10 +56,9 @@ def choose(device: jax.Device, query_BxKxGxLxE: jax.Array,
     predictor_dim: P.
 
   Returns:
-    A key of `IMPLEMENTATIONS`.
+    One of `IMPLEMENTATIONS`.
   """
-  # The kernels have Hopper's matrix instructions, which Blackwell has not.
-  served = devices.generation(device) == 9 and not _split_by_compiler()
+  served = is_hopper(device) and not _split_by_compiler()
   if served and not unsupported("pallas_gpu", query_BxKxGxLxE, value_BxKxLxE,
                                 predictor_dim):
     return "pallas_gpu"
@@ -100,8 +95,8 @@ def spark_attention(
     block_q: queries whose scores exist at a time, with "xla".
     block_k: keys that they are scored against at a time, with "xla". Both
       change memory and speed, never the result.
-    implementation: a key of `IMPLEMENTATIONS`; None: what `choose` says of
-      the first device. "pallas_gpu" is of one device's arrays: on a mesh it
+    implementation: of `IMPLEMENTATIONS`; None: what `choose` says of the
+      first device. "pallas_gpu" is of one device's arrays: on a mesh it
       needs `jax.shard_map`, and is not chosen without.
 
   Returns:
@@ -122,12 +117,15 @@ def spark_attention(
   for name, array, shape in expected:
     if array.shape != shape:
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+  if key_BxKxLxE.dtype != query_BxKxGxLxE.dtype:
+    raise ValueError(f"key_BxKxLxE is {key_BxKxLxE.dtype}, expected the "
+                     f"query's {query_BxKxGxLxE.dtype}")
   if not 0 < predictor_dim < e:
     raise ValueError(f"predictor_dim={predictor_dim} is not in (0, {e})")
+  if top_k < 1:
+    raise ValueError(f"top_k={top_k} must be above 0")
   of_kernel = query_BxKxGxLxE, value_BxKxLxE, predictor_dim
   implementation = implementation or choose(jax.devices()[0], *of_kernel)
-  if reason := unsupported(implementation, *of_kernel):
-    raise ValueError(f"implementation={implementation!r} {reason}")
-  return _module(implementation).spark_attention(
+  return IMPLEMENTATIONS.serving(implementation, *of_kernel).spark_attention(
       query_BxKxGxLxE, key_BxKxLxE, value_BxKxLxE, positions_BxL, segments_BxL,
       window, predictor_dim, top_k, softcap, block_q, block_k)

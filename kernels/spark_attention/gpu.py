@@ -44,7 +44,7 @@ class _Spec:
 
 def unsupported(query_BxKxGxLxE: jax.Array, value_BxKxLxE: jax.Array,
                 predictor_dim: int) -> str | None:
-  """Why these cannot be served, or None if they can."""
+  """As `api.unsupported`."""
   *_, length, width = query_BxKxGxLxE.shape
   if {query_BxKxGxLxE.dtype, value_BxKxLxE.dtype} != {jnp.dtype(jnp.bfloat16)}:
     return (f"needs bfloat16, not {query_BxKxGxLxE.dtype} and "

@@ -45,7 +45,8 @@ def spark_attention(query_BxKxGxLxE, key_BxKxLxE, value_BxKxLxE, positions_BxL,
   theta = jnp.where(quantile_BxLx1 > -jnp.inf,
                     mean + jnp.sqrt(var) * quantile_BxLx1, -jnp.inf)
   best = scores_1.max(-1, keepdims=True, where=mask, initial=-jnp.inf)
-  kept = mask & (scores_1 >= jnp.minimum(theta, best))
+  # A NaN that is seen keeps all, so that it shows.
+  kept = mask & ~(scores_1 < jnp.minimum(theta, best))
   weights = (jax.nn.softmax(cap_scores(scores_1, softcap), where=kept)
              * jax.nn.softplus(scores_2))
   mixed = jnp.einsum("bkgls,bkse->bkgle", weights, value_BxKxLxE.astype(wide))

@@ -5,15 +5,14 @@ Letters beside the README's: U = E - P, the head dims that do not predict.
 
 import jax
 
-from sparse_lm.kernels.devices import generation
-from sparse_lm.kernels.implementations import loader
+from sparse_lm.kernels.devices import is_hopper
+from sparse_lm.kernels.implementations import Implementations
+from sparse_lm.kernels.newest_token import query_of, write_newest
 
-# By name, the module that has it.
 # `reference` is what the others are tested against.
-IMPLEMENTATIONS: dict[str, str] = {
+IMPLEMENTATIONS = Implementations("sparse_attention", {
     "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
-    "reference": "reference"}
-_module = loader("sparse_attention", IMPLEMENTATIONS)
+    "reference": "reference"})
 # Below so many slots, reading all keys is as fast on 2 CPU cores.
 _MIN_SLOTS = 2048
 
@@ -32,12 +31,12 @@ def choose(device: jax.Device, top_k: int, query_BxKxGxE: jax.Array,
     value_BxKxSxE: likewise.
 
   Returns:
-    A key of `IMPLEMENTATIONS`; None where there is none: on other GPUs than
+    One of `IMPLEMENTATIONS`; None where there is none: on other GPUs than
     Hopper XLA's loop over blocks would start a program for each, and
     "pallas_tpu" has been compiled but not yet timed on a TPU.
   """
   arrays = query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE
-  if generation(device) == 9 and not unsupported("pallas_gpu", *arrays):
+  if is_hopper(device) and not unsupported("pallas_gpu", *arrays):
     return "pallas_gpu"
   # No two queries of a group need keep the same keys.
   group, slots = query_BxKxGxE.shape[2], key1_BxKxSxP.shape[2]
@@ -51,22 +50,24 @@ def unsupported(implementation: str, query_BxKxGxE: jax.Array,
   """Why an implementation cannot serve, None where it can.
 
   Args:
-    implementation: a key of `IMPLEMENTATIONS`.
+    implementation: of `IMPLEMENTATIONS`.
     query_BxKxGxE: as `sparse_attention` has it; shapes and types alone matter.
     key1_BxKxSxP: likewise.
     key2_BxKxSxU: likewise.
     value_BxKxSxE: likewise.
+
+  Raises:
+    ValueError: on an unknown implementation.
   """
-  check = getattr(_module(implementation), "unsupported", None)
-  return check and check(query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU,
-                         value_BxKxSxE)
+  return IMPLEMENTATIONS.unsupported(implementation, query_BxKxGxE,
+                                     key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE)
 
 
 def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
                      key2_BxKxSxU: jax.Array, value_BxKxSxE: jax.Array,
                      lengths_B: jax.Array, *, window: jax.Array | int,
                      top_k: int, logit_softcap: float = 0.0,
-                     implementation: str = "xla"
+                     implementation: str | None = None
                      ) -> tuple[jax.Array, jax.Array]:
   """softmax(kept keys' first scores) * softplus(second scores), times values.
 
@@ -86,16 +87,71 @@ def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
     window: how many tokens the query sees, itself included; may be traced.
     top_k: about how many keys a query keeps.
     logit_softcap: cap * tanh(score / cap) before the softmax; 0: off.
-    implementation: a key of `IMPLEMENTATIONS`.
+    implementation: of `IMPLEMENTATIONS`; None: what `choose` says of the first
+      device, or "reference", which reads every key.
 
   Returns:
     The mixed values (B, K, G, E) in the query's type, and how many keys each
     query keeps, (B, K, G), int32.
 
   Raises:
-    ValueError: on an unknown implementation, or shapes that do not fit.
+    ValueError: on an unknown implementation, one that cannot serve, or shapes
+      that do not fit.
   """
-  call = _module(implementation).sparse_attention
+  arrays = query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE
+  module = _checked(implementation, *arrays, lengths_B, top_k)
+  return module.sparse_attention(*arrays, lengths_B, window, top_k,
+                                 logit_softcap)
+
+
+def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
+                     key1_BxKxSxP: jax.Array, key2_BxKxSxU: jax.Array,
+                     value_BxKxSxE: jax.Array, lengths_B: jax.Array, *,
+                     window: jax.Array | int, top_k: int,
+                     logit_softcap: float = 0.0,
+                     implementation: str | None = None
+                     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+  """One token: its key and value are written, then its queries attend.
+
+  Args:
+    rows_BxRxE: what a layer projects its token to, R = K G + 2 K rows: queries,
+      keys and values, none turned to its position.
+    rotary_Bx2xT: cosine and sine of the angle of each pair of dims, T = E / 2:
+      i of the first part and P / 2 + i, then those of the second part. The
+      first part's pairs come first.
+    key1_BxKxSxP: as `sparse_attention` has it, like what follows.
+    key2_BxKxSxU: the second parts.
+    value_BxKxSxE: the values.
+    lengths_B: filled positions, the token's included: it is written to the
+      last one, unless that is beyond the slots.
+    window: how many tokens the query sees.
+    top_k: about how many keys it keeps.
+    logit_softcap: of the softmax.
+    implementation: as `sparse_attention` has it.
+
+  Returns:
+    What `sparse_attention` returns, and the three arrays of the cache, written
+    in place where they are not used again.
+
+  Raises:
+    ValueError: as `sparse_attention`.
+  """
+  query = query_of(rows_BxRxE, rotary_Bx2xT, value_BxKxSxE)
+  keys = key1_BxKxSxP, key2_BxKxSxU
+  module = _checked(implementation, query, *keys, value_BxKxSxE, lengths_B,
+                    top_k)
+  how = lengths_B, window, top_k, logit_softcap
+  if hasattr(module, "write_and_attend"):
+    return module.write_and_attend(rows_BxRxE, rotary_Bx2xT, *keys,
+                                   value_BxKxSxE, *how)
+  query_BxKxGxE, cache = write_newest(rows_BxRxE, rotary_Bx2xT, keys,
+                                      value_BxKxSxE, lengths_B)
+  return *module.sparse_attention(query_BxKxGxE, *cache, *how), cache
+
+
+def _checked(implementation: str | None, query_BxKxGxE, key1_BxKxSxP,
+             key2_BxKxSxU, value_BxKxSxE, lengths_B, top_k: int):
+  """The implementation's module, if it can serve such arrays."""
   b, k, _, e = query_BxKxGxE.shape
   s, p = key1_BxKxSxP.shape[2:]
   for name, array, shape in (
@@ -107,14 +163,7 @@ def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
   if top_k < 1:
     raise ValueError(f"top_k={top_k} must be above 0")
-  reason = unsupported(implementation, query_BxKxGxE, key1_BxKxSxP,
-                       key2_BxKxSxU, value_BxKxSxE)
-  if reason:
-    raise ValueError(f"implementation={implementation!r}: {reason}")
-  return call(query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE,
-              lengths_B, window, top_k, logit_softcap)
-
-
-def write_and_attend(*arrays: jax.Array, **options):
-  """See `gpu.write_and_attend`, of "pallas_gpu" alone."""
-  return _module("pallas_gpu").write_and_attend(*arrays, **options)
+  arrays = query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE
+  if implementation is None:
+    implementation = choose(jax.devices()[0], top_k, *arrays) or "reference"
+  return IMPLEMENTATIONS.serving(implementation, *arrays)

@@ -190,30 +190,10 @@ def sparse_attention(query_BxKxGxE: jax.Array, key1_BxKxSxP: jax.Array,
 
 def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
                      key1_BxKxSxP: jax.Array, key2_BxKxSxU: jax.Array,
-                     value_BxKxSxE: jax.Array, lengths_B: jax.Array, *,
+                     value_BxKxSxE: jax.Array, lengths_B: jax.Array,
                      window: jax.Array | int, top_k: int, logit_softcap: float
                      ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-  """One token: its key and value are written, then its queries attend.
-
-  Args:
-    rows_BxRxE: what a layer projects its token to, R = K G + 2 K rows: queries,
-      keys and values, none turned to its position.
-    rotary_Bx2xT: cosine and sine of the angle of each pair of dims, T = E / 2:
-      i of the first part and P / 2 + i, then those of the second part. The
-      first part's pairs come first.
-    key1_BxKxSxP: as `api.sparse_attention` has it, like what follows.
-    key2_BxKxSxU: the second parts.
-    value_BxKxSxE: the values.
-    lengths_B: filled positions, the token's included: it is written to the
-      last one, unless that is beyond the slots.
-    window: how many tokens the query sees.
-    top_k: about how many keys it keeps.
-    logit_softcap: of the softmax.
-
-  Returns:
-    As `api.sparse_attention`, and the three arrays of the cache, written in
-    place where they are not used again.
-  """
+  """As `api.write_and_attend`; what it serves, `unsupported` says."""
   group = rows_BxRxE.shape[1] // value_BxKxSxE.shape[1] - 2
   bounds_Bx3 = make_bounds(lengths_B, window, key1_BxKxSxP.shape[2])
   return _call(True, rows_BxRxE, rotary_Bx2xT,

@@ -37,6 +37,20 @@ def _threshold(scores_BxKxGxS: jax.Array, seen_Bx1x1xS: jax.Array,
   return jnp.where(finite, theta, -jnp.inf)
 
 
+def visible(lengths_B: jax.Array, window: jax.Array | int, slots: int
+            ) -> jax.Array:
+  """The slots that a row's newest token sees: (B, S)."""
+  slots_S, lengths_Bx1 = jnp.arange(slots), lengths_B[:, None]
+  return (slots_S < lengths_Bx1) & (slots_S >= lengths_Bx1 - window)
+
+
+def softmax(scores: jax.Array, mask: jax.Array, softcap: float) -> jax.Array:
+  """Of cap * tanh(scores / cap) where the mask is true; a cap of 0: off."""
+  if softcap:
+    scores = softcap * jnp.tanh(scores / softcap)
+  return jax.nn.softmax(scores, where=mask)
+
+
 def predict(query1_BxKxGxP: jax.Array, key1_BxKxSxP: jax.Array,
             lengths_B: jax.Array, window: jax.Array | int, top_k: int,
             logit_softcap: float) -> tuple[jax.Array, jax.Array]:
@@ -50,13 +64,9 @@ def predict(query1_BxKxGxP: jax.Array, key1_BxKxSxP: jax.Array,
     them, so that it shows.
   """
   scores = products(query1_BxKxGxP, key1_BxKxSxP)
-  slots_S = jnp.arange(scores.shape[-1])
-  lengths_Bx1 = lengths_B[:, None]
-  seen = (slots_S < lengths_Bx1) & (slots_S >= lengths_Bx1 - window)
-  seen_Bx1x1xS = seen[:, None, None]
+  seen_BxS = visible(lengths_B, window, scores.shape[-1])
+  seen_Bx1x1xS = seen_BxS[:, None, None]
   theta = _threshold(scores, seen_Bx1x1xS, top_k)
   best = scores.max(-1, keepdims=True, where=seen_Bx1x1xS, initial=-jnp.inf)
   kept = seen_Bx1x1xS & ~(scores < jnp.minimum(theta, best))
-  if logit_softcap:
-    scores = logit_softcap * jnp.tanh(scores / logit_softcap)
-  return jax.nn.softmax(scores, where=kept), kept
+  return softmax(scores, kept, logit_softcap), kept

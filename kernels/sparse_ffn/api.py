@@ -4,17 +4,15 @@ import math
 
 import jax
 
-from sparse_lm.kernels import devices
 from sparse_lm.kernels.add_norm import add_norm
-from sparse_lm.kernels.implementations import loader
+from sparse_lm.kernels.devices import is_hopper
+from sparse_lm.kernels.implementations import Implementations
 from sparse_lm.kernels.sparse_ffn.select import Activation, Select, linear
 
-# By name, the module that has it.
 # `reference` is what the others are tested against.
-IMPLEMENTATIONS: dict[str, str] = {
+IMPLEMENTATIONS = Implementations("sparse_ffn", {
     "xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu",
-    "reference": "reference"}
-_module = loader("sparse_ffn", IMPLEMENTATIONS)
+    "reference": "reference"})
 
 
 def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,
@@ -22,7 +20,7 @@ def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,
   """Why an implementation cannot take such arrays, None where it can.
 
   Args:
-    implementation: a key of `IMPLEMENTATIONS`.
+    implementation: of `IMPLEMENTATIONS`.
     x_BxD: as `sparse_ffn` has it, like the others; or a
       `jax.ShapeDtypeStruct`.
     gate_FxR: the gate.
@@ -32,21 +30,18 @@ def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,
   Raises:
     ValueError: on an unknown implementation.
   """
-  module = _module(implementation)
-  if not hasattr(module, "unsupported"):
-    return None
-  return module.unsupported(x_BxD, gate_FxR, up_FxU, down_FxD)
+  return IMPLEMENTATIONS.unsupported(implementation, x_BxD, gate_FxR, up_FxU,
+                                     down_FxD)
 
 
 def _fastest(device: jax.Device) -> str | None:
   """Of a device, whatever the shapes.
 
-  Not "pallas_tpu": it has been compiled, but not yet timed on a TPU. The GPU
-  kernel has Hopper's matrix instructions, which Blackwell has not.
+  Not "pallas_tpu": it has been compiled, but not yet timed on a TPU.
   """
   if device.platform == "cpu":
     return "xla"
-  return "pallas_gpu" if devices.generation(device) == 9 else None
+  return "pallas_gpu" if is_hopper(device) else None
 
 
 def choose(device: jax.Device, x_BxD: jax.Array, gate_FxR: jax.Array,
@@ -61,7 +56,7 @@ def choose(device: jax.Device, x_BxD: jax.Array, gate_FxR: jax.Array,
     down_FxD: the last matrix.
 
   Returns:
-    A key of `IMPLEMENTATIONS`; None where there is none.
+    One of `IMPLEMENTATIONS`; None where there is none.
   """
   implementation = _fastest(device)
   if implementation is None or unsupported(implementation, x_BxD, gate_FxR,
@@ -72,7 +67,7 @@ def choose(device: jax.Device, x_BxD: jax.Array, gate_FxR: jax.Array,
 
 def layout(rows_FxD: jax.Array, implementation: str) -> jax.Array:
   """`up` or `down` as an implementation stores it: once, at load."""
-  module = _module(implementation)
+  module = IMPLEMENTATIONS[implementation]
   return module.layout(rows_FxD) if hasattr(module, "layout") else rows_FxD
 
 
@@ -98,8 +93,8 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
     select: from scores (B, F) in float32 to activations, exactly 0 where
       inactive: threshold and activation function. See `select.py`.
     up_activation: of the other branch, elementwise.
-    implementation: a key of `IMPLEMENTATIONS`; None: what `choose` says of
-      the first device, or "reference", which computes every neuron.
+    implementation: of `IMPLEMENTATIONS`; None: what `choose` says of the first
+      device, or "reference", which computes every neuron.
 
   Returns:
     The layer's output (B, D) in x's type, and how many neurons each token
@@ -158,7 +153,6 @@ def _checked(implementation: str | None, x_BxD: jax.Array, gate_FxR: jax.Array,
   arrays = (x_BxD, gate_FxR, up_FxU, down_FxD)
   if implementation is None:
     implementation = choose(jax.devices()[0], *arrays) or "reference"
-  module = _module(implementation)
   neurons, width = gate_FxR.shape[0], x_BxD.shape[1]
   expected = [("gate_FxR", gate_FxR, min(gate_FxR.shape[1], width)),
               ("down_FxD", down_FxD, width)]
@@ -171,6 +165,4 @@ def _checked(implementation: str | None, x_BxD: jax.Array, gate_FxR: jax.Array,
         array is gate_FxR or implementation != "pallas_tpu"
         or (array.shape[0], math.prod(array.shape[1:])) != shape):
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-  if reason := unsupported(implementation, *arrays):
-    raise ValueError(f"implementation={implementation!r}: {reason}")
-  return module
+  return IMPLEMENTATIONS.serving(implementation, *arrays)

@@ -53,8 +53,10 @@ _SHARED_BYTES = 220 * 1024
 def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
                 up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
   """As `api.unsupported`."""
-  if {x_BxD.dtype, gate_FxR.dtype} != {jnp.dtype(jnp.bfloat16)}:
-    return f"needs bfloat16, not {x_BxD.dtype} and {gate_FxR.dtype}"
+  types = {str(a.dtype) for a in (x_BxD, gate_FxR, up_FxU, down_FxD)
+           if a is not None}
+  if types != {"bfloat16"}:
+    return f"needs bfloat16, not {' and '.join(sorted(types))}"
   if not 1 <= x_BxD.shape[0] <= 64:
     return f"serves 1 to 64 tokens, not {x_BxD.shape[0]}"
   sizes = [("F", gate_FxR.shape[0], TILE), ("R", gate_FxR.shape[1], CHUNK),

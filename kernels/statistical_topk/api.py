@@ -1,32 +1,58 @@
 """One signature for every implementation of the gated top-k."""
 
 import functools
-from types import ModuleType
 
 import jax
 
-from sparse_lm.kernels import devices
-from sparse_lm.kernels.statistical_topk import gpu, xla
+from sparse_lm.kernels.devices import is_hopper
+from sparse_lm.kernels.implementations import Implementations
 from sparse_lm.kernels.statistical_topk.rule import Activation, Rule
 
-# Modules with `forward` and `backward`, by name.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "pallas_gpu": gpu}
+# Each has `forward` and `backward`.
+IMPLEMENTATIONS = Implementations("statistical_topk",
+                                  {"xla": "xla", "pallas_gpu": "gpu"})
 
 
 def _linear(x: jax.Array) -> jax.Array:
   return x
 
 
-def choose(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
+def unsupported(implementation: str, score_NxF: jax.Array,
+                up_NxF: jax.Array | None, activation: Activation,
+                up_activation: Activation = _linear) -> str | None:
+  """Why an implementation cannot take such arguments, None where it can.
+
+  Args:
+    implementation: of `IMPLEMENTATIONS`.
+    score_NxF: as `gated_topk` has it, like the others; or a
+      `jax.ShapeDtypeStruct`.
+    up_NxF: the other branch.
+    activation: of the gate.
+    up_activation: of the other branch.
+
+  Raises:
+    ValueError: on an unknown implementation.
+  """
+  return IMPLEMENTATIONS.unsupported(implementation, score_NxF, up_NxF,
+                                     activation, up_activation)
+
+
+def choose(device: jax.Device, score_NxF: jax.Array, up_NxF: jax.Array | None,
            activation: Activation, up_activation: Activation = _linear) -> str:
-  """The fastest implementation here of a `gated_topk` of these.
+  """The fastest implementation: the kernel on Hopper, where it serves.
+
+  Args:
+    device: what it would run on.
+    score_NxF: as for `unsupported`, like the others.
+    up_NxF: the other branch.
+    activation: of the gate.
+    up_activation: of the other branch.
 
   Returns:
-    A key of `IMPLEMENTATIONS`.
+    One of `IMPLEMENTATIONS`.
   """
-  served = (devices.generation(jax.devices()[0]) >= 9  # Hopper
-            and not gpu.unsupported(score_NxF, up_NxF, activation,
-                                    up_activation))
+  served = is_hopper(device) and not unsupported(
+      "pallas_gpu", score_NxF, up_NxF, activation, up_activation)
   return "pallas_gpu" if served else "xla"
 
 
@@ -69,8 +95,9 @@ def gated_topk(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
     activation: elementwise; its derivative is JAX's.
     up_activation: of the other branch, elementwise.
     bessel: divide the variance by F - 1, not by F.
-    implementation: a key of `IMPLEMENTATIONS`; None: `choose`'s. "pallas_gpu"
-      is of one device's rows: on a mesh it needs `jax.shard_map`.
+    implementation: of `IMPLEMENTATIONS`; None: what `choose` says of the first
+      device. "pallas_gpu" is of one device's rows: on a mesh it needs
+      `jax.shard_map`.
     return_counts: also count what is not 0, which takes no further pass.
 
   Returns:
@@ -78,18 +105,15 @@ def gated_topk(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
     (N,), how many activations of it are not 0, and how many of the results.
 
   Raises:
-    ValueError: on an unknown implementation, or one that cannot serve these.
+    ValueError: on an unknown implementation, one that cannot serve these, or
+      shapes that do not fit.
   """
-  if implementation is None:
-    implementation = choose(score_NxF, up_NxF, activation=activation,
-                            up_activation=up_activation)
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is not one of "
-                     f"{', '.join(IMPLEMENTATIONS)}")
-  if implementation == "pallas_gpu":
-    reason = gpu.unsupported(score_NxF, up_NxF, activation, up_activation)
-    if reason:
-      raise ValueError(f"implementation='pallas_gpu' {reason}")
+  if up_NxF is not None and up_NxF.shape != score_NxF.shape:
+    raise ValueError(f"up_NxF has shape {up_NxF.shape}, expected "
+                     f"{score_NxF.shape}")
+  arguments = score_NxF, up_NxF, activation, up_activation
+  implementation = implementation or choose(jax.devices()[0], *arguments)
+  IMPLEMENTATIONS.serving(implementation, *arguments)
   rule = Rule(float(quantile), activation, up_activation, bessel)
   outs = _gated_topk(implementation, rule, score_NxF, up_NxF)
   return outs if return_counts else outs[0]

@@ -1,4 +1,4 @@
-"""`gated_topk` in Pallas Mosaic GPU, for NVIDIA Hopper and newer.
+"""`gated_topk` in Pallas Mosaic GPU, for NVIDIA Hopper.
 
 Memory's speed is the limit, so each array passes once: a thread block takes a
 row, has the copy engine bring all of it to shared memory, reads it there as
@@ -101,7 +101,7 @@ def _evaluate(jaxpr: core.ClosedJaxpr, *arguments) -> list[jax.Array]:
 def unsupported(score_NxF: jax.Array, up_NxF: jax.Array | None,
                 activation: Activation, up_activation: Activation
                 ) -> str | None:
-  """Why these cannot be served, or None if they can."""
+  """As `api.unsupported`."""
   neurons, piece = score_NxF.shape[1], _WARPS * _LINE
   if score_NxF.dtype != jnp.bfloat16:
     return f"needs bfloat16, not {score_NxF.dtype}"

@@ -72,7 +72,7 @@ class SplitCache:
     mixed_BxKxGxE, kept_BxKxG, arrays = write_and_attend(
         rows_BxRxE, rotary_Bx2xT, self.key1_BxKxSxP, self.key2_BxKxSxU,
         self.value_BxKxSxE, lengths_B, window=window, top_k=config.top_k,
-        logit_softcap=config.logit_softcap)
+        logit_softcap=config.logit_softcap, implementation=self.implementation)
     return (mixed_BxKxGxE, kept_BxKxG.mean((1, 2)),
             SplitCache(*arrays, self.implementation))
 
@@ -91,7 +91,8 @@ class KernelCache(LayerCache):
     """As `SplitCache.step`."""
     mixed_BxKxGxE, arrays = dense_attention.write_and_attend(
         rows_BxRxE, rotary_Bx2xT, self.key_BxKxSxE, self.value_BxKxSxE,
-        lengths_B, window=window, logit_softcap=config.logit_softcap)
+        lengths_B, window=window, logit_softcap=config.logit_softcap,
+        implementation=self.implementation)
     return mixed_BxKxGxE, jnp.minimum(lengths_B, window), KernelCache(*arrays)
 
 

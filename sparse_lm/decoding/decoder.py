@@ -16,6 +16,7 @@ from sparse_lm.decoding.block import AddNorm, DecodingBlock
 from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
+from sparse_lm.kernels.devices import unserved
 from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS, unsupported
 from sparse_lm.model import activity
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
@@ -27,6 +28,16 @@ _SLOTS = 64
 def _bucket(length: int, limit: int) -> int:
   """The next power of two, at most `limit`: few shapes, few compilations."""
   return min(limit, max(16, 1 << (length - 1).bit_length()))
+
+
+def _check_implementation(name: str | None) -> None:
+  if name is None:
+    return
+  if name not in IMPLEMENTATIONS:
+    raise UserError(f"--ffn_implementation={name}: is not one of "
+                    f"{', '.join(IMPLEMENTATIONS)}")
+  if reason := unserved(jax.devices()[0], name):
+    raise UserError(f"--ffn_implementation={name}: {reason}")
 
 
 class Decoder:
@@ -54,15 +65,16 @@ class Decoder:
       skip_inactive: False computes every neuron and key, to compare with. So
         does True where no kernel is faster (see `choose` of
         `kernels.sparse_ffn` and `kernels.sparse_attention`).
-      ffn_implementation: a key of `kernels.sparse_ffn.IMPLEMENTATIONS`, to
-        have that one; None: the fastest here.
+      ffn_implementation: of `kernels.sparse_ffn.IMPLEMENTATIONS`; None: the
+        fastest here.
       prefill_chunk: prompts are fed in pieces of at most so many tokens, which
         bounds the memory of their attention scores.
       measure: False keeps no statistics.
+
+    Raises:
+      UserError: on an implementation that is unknown, or not for this device.
     """
-    if ffn_implementation not in (None, *IMPLEMENTATIONS):
-      raise UserError(f"--ffn_implementation={ffn_implementation}: is not one "
-                      f"of {', '.join(IMPLEMENTATIONS)}")
+    _check_implementation(ffn_implementation)
     model = unstack(nnx.merge(model_graph(config), params))
     self.config = config
     self.ffn_implementations, self.attention_implementations = [], []

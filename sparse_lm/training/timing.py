@@ -164,7 +164,7 @@ def _gates(k: int, score: jax.ShapeDtypeStruct) -> dict[str, Callable]:
               x, k, recall_target=0.5)[0][..., -1:])}
   gates = {name: functools.partial(separate, sparsifier)
            for name, sparsifier in sparsifiers.items()}
-  fastest = choose(score, score, activation=jax.nn.gelu)
+  fastest = choose(jax.devices()[0], score, score, jax.nn.gelu)
   for name in dict.fromkeys(("xla", fastest)):
     gates[f"gated_{name}"] = functools.partial(
         gated_topk, quantile=quantile(k, score.shape[-1]),

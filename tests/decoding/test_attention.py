@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
-from sparse_lm.decoding import Decoder, Greedy
+from sparse_lm.decoding import Decoder, Greedy, attention
 from sparse_lm.decoding.attention import (CachedAttention, SplitCache,
                                           choose_attention, decoding_cache)
 from sparse_lm.kernels import token_attention
@@ -55,8 +55,10 @@ def test_token_by_token_equals_the_forward_pass(window):
     np.testing.assert_array_equal(visible[:, 0], seen[now])
 
 
-def test_skipping_changes_nothing():
+def test_skipping_changes_nothing(monkeypatch):
   """As chosen by itself, with enough room in the cache."""
+  kernel = mock.Mock(wraps=attention.sparse_attention)
+  monkeypatch.setattr(attention, "sparse_attention", kernel)
   config = dataclasses.replace(CONFIG, num_layers=1)
   params = nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(0))))
   prompts = [list(range(1, 50)) * 22, [9]]
@@ -67,6 +69,8 @@ def test_skipping_changes_nothing():
     results.append((np.array([next(drawn) for _ in range(24)]),
                     decoder.sparsity()))
     assert decoder.attention_implementations == [expected]
+    # Of one step, which is compiled once; the prompt reads all keys.
+    assert kernel.call_count == 1
   np.testing.assert_array_equal(results[0][0], results[1][0])
   assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
 

@@ -12,7 +12,7 @@ import scipy.special
 from sparse_lm.config import (AttentionConfig, FFNConfig, LinearInputsConfig,
                               ModelConfig)
 from sparse_lm.decoding import (Decoder, Greedy, attention,
-                                make_sampler)
+                                decoder as decoder_lib, make_sampler)
 from sparse_lm.errors import UserError
 from sparse_lm.model import Transformer
 
@@ -24,13 +24,14 @@ CONFIG = ModelConfig(
 DENSE = dataclasses.replace(
     CONFIG, ffn=FFNConfig(shape="gated", num_neurons=64, sparsifier="none"),
     attention=dataclasses.replace(CONFIG.attention, shape="dense"))
-# Top-k of each token's own inputs and neurons, in the second layer alone.
+# Top-k of each token's own inputs and neurons, in the second layer alone. Of
+# two queries a key the mixed values may tie, where a token repeats itself.
 Q_SPARSE = dataclasses.replace(
     CONFIG, ffn=FFNConfig(shape="gated", num_neurons=64, sparsifier="topk",
                           active_fraction=0.25, sparse_layers="1",
                           activation="fatrelu", threshold=0.05,
                           up_activation="relu"),
-    attention=DENSE.attention,
+    attention=dataclasses.replace(DENSE.attention, num_query_heads=2),
     linear_inputs=LinearInputsConfig(sparsifier="topk"))
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(10, 31))]  # ragged
 
@@ -48,20 +49,33 @@ def run(decoder, prompts, steps, sampler=Greedy(), **keys):
   return np.array(list(drawn))
 
 
-def check_teacher_forcing(decoder, forward):
-  """Each token drawn is the whole sequence's forward pass's, ragged rows too.
+class Recorder(Greedy):
+  """Keeps the logits that it draws from, in turn; equal to itself alone."""
 
-  The likeliest token's lead over the next one is checked, so that rounding
-  cannot explain an agreement or hide a difference.
-  """
-  drawn_TxB = run(decoder, PROMPTS, 20)
+  def __init__(self):
+    self.logits_TxBxV = []
+
+  __hash__, __eq__ = object.__hash__, object.__eq__
+
+  def __call__(self, logits_BxV, key):
+    jax.debug.callback(lambda x: self.logits_TxBxV.append(np.array(x)),
+                       logits_BxV, ordered=True)
+    return super().__call__(logits_BxV, key)
+
+
+def check_teacher_forcing(decoder, forward, steps=20):
+  """Logits are the whole sequence's forward pass's, ragged rows too."""
+  recorder = Recorder()
+  drawn_TxB = run(decoder, PROMPTS, steps, recorder)
+  jax.effects_barrier()
+  logits_TxBxV = np.array(recorder.logits_TxBxV)
+  np.testing.assert_array_equal(logits_TxBxV.argmax(-1), drawn_TxB)
   for row, prompt in enumerate(PROMPTS):
     sequence = [*prompt, *drawn_TxB[:, row]]
     padded = np.zeros((1, decoder.config.context_length), np.int32)
     padded[0, :len(sequence)] = sequence
-    logits = np.asarray(forward(padded)[0][0])
-    for i, token in enumerate(sequence[len(prompt):], len(prompt) - 1):
-      assert logits[i].max() - logits[i, token] < 1e-4
+    expected = forward(padded)[0][0, len(prompt) - 1:len(sequence) - 1]
+    np.testing.assert_allclose(logits_TxBxV[:, row], expected, atol=2e-5)
   assert len({tuple(drawn_TxB[:, row]) for row in range(3)}) == 3
 
 
@@ -76,6 +90,41 @@ def test_decoding_by_a_kernel_is_teacher_forcing(monkeypatch):
   decoder, forward = make(CONFIG)
   check_teacher_forcing(decoder, forward)
   assert decoder.attention_implementations == ["xla"] * 2
+
+
+def test_tokens_drawn_in_one_call_are_those_drawn_one_by_one(monkeypatch):
+  """As on accelerators, eight a call; the last call's are not all wanted."""
+  one_by_one = run(make(CONFIG)[0], PROMPTS, 19)
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "default_backend", lambda: "gpu")
+    decoder, forward = make(CONFIG)
+  np.testing.assert_array_equal(run(decoder, PROMPTS, 19), one_by_one)
+  check_teacher_forcing(decoder, forward, 17)
+
+
+def test_the_cache_stays_in_place(monkeypatch):
+  """What a step is given it takes: there is one cache, not two."""
+  caches = []
+
+  def note(function):
+    def noted(*arguments):
+      result = function(*arguments)
+      caches.append(jax.tree.leaves(result))
+      return result
+
+    return noted
+
+  decoder, _ = make(CONFIG)
+  monkeypatch.setattr(decoder_lib, "decoding_cache",
+                      note(decoder_lib.decoding_cache))
+  for name in ("_feed", "_advance"):
+    monkeypatch.setattr(decoder, name, note(getattr(decoder, name)))
+  run(decoder, PROMPTS, 4)
+  assert len(caches) == 1 + 1 + 3
+  large = [[x for x in leaves if x.ndim > 2] for leaves in caches]
+  for arrays in large[:-1]:
+    assert len(arrays) == 4 and all(x.is_deleted() for x in arrays)
+  assert len(large[-1]) == 4 and not any(x.is_deleted() for x in large[-1])
 
 
 @pytest.fixture(scope="module", name="whole")

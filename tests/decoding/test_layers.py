@@ -31,6 +31,8 @@ FFNS = {
     "gemma3n": FFNConfig(**GATED, active_fraction=0.1, sparse_layers="0"),
     "moc": FFNConfig(**GATED, sparsifier="block_topk", active_fraction=0.125,
                      activation="silu"),
+    "fatrelu": FFNConfig(**GATED, sparsifier="none", activation="fatrelu",
+                         threshold=0.1),
     "geglu": FFNConfig(**GATED, sparsifier="none"),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(10, 31))]  # ragged
@@ -44,7 +46,7 @@ def params_of(config):
     ("spark", ["xla", "xla"]), ("reglu", ["xla", "xla"]),
     ("drelu", ["xla", "xla"]), ("plain", ["xla", "xla"]),
     ("moc", ["xla", "xla"]), ("gemma3n", ["xla", "dense"]),
-    ("geglu", ["dense", "dense"])])
+    ("fatrelu", ["xla", "xla"]), ("geglu", ["dense", "dense"])])
 def test_skipping_changes_nothing(name, expected):
   config = dataclasses.replace(CONFIG, ffn=FFNS[name])
   params = params_of(config)
@@ -59,6 +61,33 @@ def test_skipping_changes_nothing(name, expected):
   assert tokens[0][1] == pytest.approx(tokens[1][1], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", FFNS)
+def test_a_decoder_reads_the_rows_of_active_neurons_alone(name):
+  """Of neurons that never fire the other rows are NaN, and nobody sees it.
+
+  Prompts are fed token by token as well: more at a time read everything.
+  """
+  config = dataclasses.replace(CONFIG, ffn=FFNS[name])
+  params, drawn = params_of(config), []
+  # Their scores are 0, which no threshold here lets pass. Few fire, too: of
+  # many, all rows are read.
+  silent_F = np.arange(64) >= 16
+  ffn = params["blocks"]["ffn"]
+  ffn["gate_DxF"] = jnp.where(silent_F, 0, ffn["gate_DxF"])
+  poisoned = jax.tree.map(lambda x: x, params)
+  ffn = poisoned["blocks"]["ffn"]
+  ffn["down_FxD"] = jnp.where(silent_F[:, None], jnp.nan, ffn["down_FxD"])
+  if "up_DxF" in ffn:
+    ffn["up_DxF"] = jnp.where(silent_F, jnp.nan, ffn["up_DxF"])
+  for p in (params, poisoned):
+    decoder = Decoder(config, p, prefill_chunk=1)
+    drawn.append(np.array(list(decoder.generate(
+        [[3, 1, 4, 1, 5]], 12, Greedy(), jax.random.key(0)))))
+  # Layers that compute all show it: GeGLU's, the second of Gemma 3n.
+  same = name not in ("geglu", "gemma3n")
+  assert np.array_equal(*drawn) == same
+
+
 def test_sparse_inputs_are_computed_whole():
   config = dataclasses.replace(
       CONFIG, ffn=FFNS["reglu"],
@@ -68,13 +97,14 @@ def test_sparse_inputs_are_computed_whole():
   assert decoder.ffn_implementations == ["dense", "dense"]
 
 
-@pytest.mark.parametrize("name", ["spark", "reglu", "drelu", "plain", "moc"])
+@pytest.mark.parametrize("name", ["spark", "reglu", "drelu", "plain", "moc",
+                                  "fatrelu"])
 def test_one_token_reads_the_rows_of_active_neurons_alone(name):
   """NaN in all other rows does not show; with many tokens it does."""
   ffn = FFN(FFNS[name], LinearInputsConfig(), 32, nnx.Rngs(1))
   x = jax.random.normal(jax.random.key(2), (1, 1, 32))
   expected, activity = ffn(x)
-  if name in ("reglu", "drelu", "plain"):
+  if name in ("reglu", "drelu", "plain", "fatrelu"):
     # Half are active, too many to be streamed: move all scores down alike.
     high = jnp.quantile(activity.gate_BxLxF, 0.85)
     ffn.gate_DxF[...] -= high * x[0, 0][:, None] / jnp.square(x).sum()

@@ -135,7 +135,8 @@ def test_dense_attention(batch, slots, window):
   rotary = jnp.stack([jnp.ones((batch, 128)), jnp.zeros((batch, 128))], 1)
   lengths = jnp.arange(slots - 3, 0, -slots // 9, jnp.int32)[:batch]
   run = jax.jit(functools.partial(write_and_attend, window=window,
-                                  logit_softcap=50.0))
+                                  logit_softcap=50.0,
+                                  implementation="pallas_gpu"))
   y, caches = run(rows, rotary, key, value, lengths)
   put = jax.vmap(lambda cache, row, n: cache.at[:, n - 1].set(row))
   expected = [put(cache, row, lengths) for cache, row in zip(

@@ -113,12 +113,21 @@ def test_what_the_kernel_cannot_take():
                       (x[:, :700], "up to 8192, not 700"),
                       (jnp.zeros((65, 768), x.dtype), "64 tokens, not 65")):
     assert reason in unsupported("pallas_gpu", bad)
+    scale = jnp.zeros(bad.shape[1])
     with pytest.raises(ValueError, match=reason):
-      add_norm(bad, bad, *make()[2:], epsilon=1e-6,
+      add_norm(bad, bad, scale, scale, epsilon=1e-6,
                implementation="pallas_gpu")
   with pytest.raises(ValueError, match="'cuda' is not one of xla, pallas_gpu"):
     unsupported("cuda", x)
   assert choose(jax.devices()[0], x) == "xla"
+  for i, bad, message in (
+      (1, x[:, :1], r"y_NxD is bfloat16\[\d, 1\], expected x_NxD's bfloat16"),
+      (1, x.astype(jnp.float32), "y_NxD is float32"),
+      (3, jnp.zeros(9), r"scale_D has shape \(9,\), expected \(768,\)")):
+    arrays = make()
+    arrays[i] = bad
+    with pytest.raises(ValueError, match=message):
+      add_norm(*arrays, epsilon=1e-6)
 
 
 def test_lowers_at_the_shapes_of_a_2b_model():

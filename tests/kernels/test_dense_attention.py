@@ -1,5 +1,6 @@
-"""Dense attention's GPU kernel, interpreted and lowered with no GPU at hand."""
+"""Dense attention of one token, its GPU kernel interpreted and lowered."""
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -18,6 +19,7 @@ VERSION = jax.__version_info__
 interpreted = pytest.mark.skipif(
     VERSION < (0, 12),
     reason="needs clusters in GPU interpret mode, of jax 0.12")
+ON_CPU = ["reference", pytest.param("pallas_gpu", marks=interpreted)]
 # More queries than a block adds up at a time.
 LENGTHS, SLOTS, HEADS, GROUP = (128, 1, 70), 128, 2, 3
 EVERYTHING, E = 2**30, 256
@@ -34,13 +36,19 @@ def make(lengths=LENGTHS, slots=SLOTS, heads=HEADS, group=GROUP):
   return [rows, rotary, key, value, jnp.array(lengths, jnp.int32)]
 
 
-def run(arrays, window=EVERYTHING, logit_softcap=0.0):
-  params = plgpu.InterpretGPUParams(detect_races=True)
-  with (plgpu.force_gpu_interpret_mode(params),
+def run(arrays, window=EVERYTHING, logit_softcap=0.0,
+        implementation="pallas_gpu"):
+  if implementation == "reference":
+    interpret = contextlib.nullcontext()
+  else:
+    interpret = plgpu.force_gpu_interpret_mode(
+        plgpu.InterpretGPUParams(detect_races=True))
+  with (interpret,
         # It is quicker with fewer, and has no more than eight in a cluster.
         mock.patch.object(token_attention, "PARTS", 2)):
-    return jax.device_get(write_and_attend(*arrays, window=window,
-                                           logit_softcap=logit_softcap))
+    return jax.device_get(write_and_attend(
+        *arrays, window=window, logit_softcap=logit_softcap,
+        implementation=implementation))
 
 
 def formula(arrays, window, logit_softcap):
@@ -77,46 +85,67 @@ def cluster(request, monkeypatch):
   gpu._call.clear_cache()
 
 
-@interpreted
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("window, logit_softcap", [
-    (EVERYTHING, 0.0), (40, 2.0), (EVERYTHING, 50.0)])
-def test_against_the_formula(capfd, window, logit_softcap):
+def check_formula(window, logit_softcap, implementation):
   arrays = make()
   # Logits of one row's far beyond what exp takes.
   arrays[0] = arrays[0].at[0, 0].multiply(200.0)
-  y, caches = run(arrays, window, logit_softcap)
+  y, caches = run(arrays, window, logit_softcap, implementation)
   expected, written = formula(arrays, window, logit_softcap)
   error = np.linalg.norm(np.asarray(y, np.float64) - expected)
   assert error < 6e-3 * np.linalg.norm(expected)
   for cache, x in zip(caches, written):
     np.testing.assert_allclose(np.asarray(cache, np.float64), x, rtol=2**-7,
                                atol=1e-5)
+
+
+CASES = pytest.mark.parametrize("window, logit_softcap", [
+    (EVERYTHING, 0.0), (40, 2.0), (EVERYTHING, 50.0)])
+
+
+@CASES
+def test_reference_against_the_formula(window, logit_softcap):
+  check_formula(window, logit_softcap, "reference")
+
+
+@interpreted
+@pytest.mark.usefixtures("cluster")
+@CASES
+def test_kernel_against_the_formula(capfd, window, logit_softcap):
+  check_formula(window, logit_softcap, "pallas_gpu")
   assert "RACE" not in "".join(capfd.readouterr())
 
 
-@interpreted
-def test_only_visible_keys_matter():
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_only_visible_keys_matter(implementation):
   arrays = make(group=1)
-  expected, _ = run(arrays, 45)
+  expected, _ = run(arrays, 45, implementation=implementation)
   slots, lengths = np.arange(SLOTS), np.array(LENGTHS)[:, None]
   seen = ((slots < lengths) & (slots >= lengths - 45))[:, None, :, None]
   arrays[2:4] = (jnp.where(seen, a, jnp.nan) for a in arrays[2:4])
-  np.testing.assert_array_equal(run(arrays, 45)[0], expected)
+  y, _ = run(arrays, 45, implementation=implementation)
+  np.testing.assert_array_equal(y, expected)
 
 
-@interpreted
+@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", range(4))
-def test_nan_in_nan_out(where):
+def test_what_is_not_finite_shows(implementation, where, bad):
   arrays = make((50,), 64, 1, 1)
-  arrays[where] = arrays[where].at[0, 0, ..., 5].set(jnp.nan)
-  assert np.isnan(np.asarray(run(arrays)[0], np.float32)).any()
+  arrays[where] = arrays[where].at[0, 0, ..., 5].set(bad)
+  y, _ = run(arrays, implementation=implementation)
+  if where in (0, 2) and bad == np.inf:
+    # Of one sign or the other, all logits or one: the softmax decides.
+    expected, _ = formula(arrays, EVERYTHING, 0.0)
+    np.testing.assert_array_equal(np.isfinite(np.asarray(y, np.float32)),
+                                  np.isfinite(expected))
+  else:
+    assert not np.isfinite(np.asarray(y, np.float32)).all()
 
 
-@interpreted
-def test_a_token_beyond_the_slots_is_not_written():
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_a_token_beyond_the_slots_is_not_written(implementation):
   arrays = make((65,), 64, 1, 1)
-  y, caches = run(arrays)
+  y, caches = run(arrays, implementation=implementation)
   for cache, before in zip(caches, arrays[2:4]):
     np.testing.assert_array_equal(cache, before)
   expected, _ = formula(arrays, EVERYTHING, 0.0)
@@ -129,7 +158,8 @@ def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
   bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   cache = bf16((batch, 4, slots, E))
   lowered = jax.jit(functools.partial(
-      write_and_attend, window=4096, logit_softcap=50.0)).trace(
+      write_and_attend, window=4096, logit_softcap=50.0,
+      implementation="pallas_gpu")).trace(
           bf16((batch, 16, E)),
           jax.ShapeDtypeStruct((batch, 2, E // 2), jnp.float32), cache, cache,
           jax.ShapeDtypeStruct((batch,), jnp.int32)).lower(
@@ -139,8 +169,9 @@ def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
 
 def test_what_it_cannot_serve():
   def reason(batch=1, group=2, slots=64, width=E, dtype=jnp.bfloat16):
-    return unsupported(*(jax.ShapeDtypeStruct((batch, 4, n, width), dtype)
-                         for n in (group, slots)))
+    return unsupported("pallas_gpu", *(
+        jax.ShapeDtypeStruct((batch, 4, n, width), dtype)
+        for n in (group, slots)))
 
   assert reason() is None
   assert reason(dtype=jnp.float32) == "needs bfloat16, not float32"
@@ -151,4 +182,11 @@ def test_what_it_cannot_serve():
   assert choose(jax.devices()[0], x, jnp.zeros((1, 4, 64, E), x.dtype)) is None
   arrays = make((50,), 64, 1, 1)
   with pytest.raises(ValueError, match="needs bfloat16"):
-    write_and_attend(*(a.astype(jnp.float32) for a in arrays), window=9)
+    write_and_attend(*(a.astype(jnp.float32) for a in arrays), window=9,
+                     implementation="pallas_gpu")
+  for i, message in ((0, r"rows_BxRxE has shape \(0, 3, 256\), expected"),
+                     (1, "rotary_Bx2xT has"), (2, "key_BxKxSxE has"),
+                     (4, r"lengths_B has shape \(0,\), expected \(1,\)")):
+    bad = [a[:0] if j == i else a for j, a in enumerate(arrays)]
+    with pytest.raises(ValueError, match=message):
+      write_and_attend(*bad, window=9)

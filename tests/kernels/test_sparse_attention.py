@@ -13,7 +13,7 @@ import pytest
 
 from sparse_lm.config import AttentionConfig
 from sparse_lm.kernels.sparse_attention import (choose, sparse_attention,
-                                                unsupported)
+                                                unsupported, write_and_attend)
 from sparse_lm.model.attention import spark_weights, visible
 
 EVERYTHING = 2**30
@@ -80,6 +80,38 @@ def test_it_is_the_models_attention(implementation):
   np.testing.assert_array_equal(count, kept.sum((-1, -2)))
 
 
+@pytest.mark.parametrize("implementation", [*ON_CPU, None])
+def test_a_token_is_written_and_attends(formula, implementation):
+  """One row's beyond the slots, which is not written."""
+  *_, key1, key2, value, lengths = make(lengths=(40, 3, 41))
+  rng = np.random.default_rng(1)
+  rows = rng.normal(size=(3, 8, 10)).astype(np.float32)  # 4, 2 and 2
+  angle = rng.normal(size=(3, 5))
+  rotary = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+  y, count, caches = write_and_attend(
+      *map(jnp.asarray, (rows, rotary)), key1, key2, value, lengths,
+      window=30, top_k=6, implementation=implementation)
+  turned = []
+  for part, angles in ((rows[:, :6, :4], angle[:, :2]),
+                       (rows[:, :6, 4:], angle[:, 2:])):
+    n = angles.shape[1]
+    z = (part[..., :n] + 1j * part[..., n:]) * np.exp(1j * angles)[:, None]
+    turned += [z.real, z.imag]
+  turned = np.concatenate(turned, -1)
+  arrays = [jnp.asarray(turned[:, :4].reshape(3, 2, 2, 10))]
+  for cache, before, new in zip(
+      caches, (key1, key2, value),
+      (turned[:, 4:, :4], turned[:, 4:, 4:], rows[:, 6:])):
+    expected = np.array(before)
+    for b, slot in ((0, 39), (1, 2)):
+      expected[b, :, slot] = new[b]
+    np.testing.assert_allclose(cache, expected, atol=1e-6)
+    arrays.append(expected)
+  expected, kept = formula([*arrays, lengths], 30, 6)
+  np.testing.assert_allclose(y, expected, atol=2e-5)
+  np.testing.assert_array_equal(count, kept.sum(-1))
+
+
 @pytest.mark.parametrize("implementation", ON_CPU)
 @pytest.mark.parametrize("top_k", [2, 30])
 def test_only_kept_keys_matter(formula, implementation, top_k):
@@ -107,6 +139,10 @@ def test_nan_in_nan_out(implementation, where):
   arrays[where] = arrays[where].at[0, 0, 0].set(jnp.nan)
   y, _ = run(arrays, top_k=1000, implementation=implementation)
   assert np.isnan(y).any()
+  # Whatever decides which keys are kept shows when few are, too.
+  if where < 2:
+    y, _ = run(arrays, top_k=3, implementation=implementation)
+    assert np.isnan(y).any()
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
@@ -179,6 +215,20 @@ def test_what_does_not_fit_is_refused(change, message):
   arguments = dict(zip(NAMES, make()), window=9, top_k=3) | change
   with pytest.raises(ValueError, match=message):
     sparse_attention(**arguments)
+  del arguments["query_BxKxGxE"]
+  with pytest.raises(ValueError, match=message):
+    write_and_attend(jnp.zeros((3, 8, 10)), jnp.zeros((3, 2, 5)), **arguments)
+
+
+@pytest.mark.parametrize("rows, rotary, message", [
+    ((3, 4, 10), (3, 2, 5), r"rows_BxRxE has shape \(3, 4, 10\), expected"),
+    ((3, 7, 10), (3, 2, 5), "rows_BxRxE has shape"),
+    ((3, 8, 10), (3, 2, 4), r"rotary_Bx2xT has .* expected \(3, 2, 5\)"),
+])
+def test_rows_that_do_not_fit_are_refused(rows, rotary, message):
+  with pytest.raises(ValueError, match=message):
+    write_and_attend(jnp.zeros(rows), jnp.zeros(rotary), *make()[1:], window=9,
+                     top_k=3)
 
 
 @dataclasses.dataclass

@@ -142,7 +142,7 @@ def test_a_token_is_written_and_attends(formula, capfd):
   rotary = jnp.array(np.stack([np.cos(angle), np.sin(angle)], 1), jnp.float32)
   y, count, caches = run(
       write_and_attend, rows, rotary, key1, key2, value, lengths,
-      window=EVERYTHING, top_k=12, logit_softcap=0.0)
+      window=EVERYTHING, top_k=12, implementation="pallas_gpu")
   placed = turned(rows[:, :queries + HEADS], positions)
   new = (placed[:, queries:, :P], placed[:, queries:, P:],
          rows[:, queries + HEADS:])
@@ -169,7 +169,7 @@ def test_a_token_beyond_the_slots_is_not_written():
   rows, rotary = jnp.ones((1, 3, E), jnp.bfloat16), jnp.ones((1, 2, E // 2))
   _, _, caches = run(
       write_and_attend, rows, rotary, key1, key2, value, jnp.array([65]),
-      window=EVERYTHING, top_k=12, logit_softcap=0.0)
+      window=EVERYTHING, top_k=12, implementation="pallas_gpu")
   for cache, before in zip(caches, (key1, key2, value)):
     np.testing.assert_array_equal(cache, before)
 
@@ -182,7 +182,8 @@ def test_lowers_at_the_shapes_of_a_2b_model(batch, slots):
       (2, 256), (slots, 128), (slots, 128), (slots, 256))]
   assert unsupported("pallas_gpu", *shapes) is None
   lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-  options = dict(window=4096, top_k=256, logit_softcap=50.0)
+  options = dict(window=4096, top_k=256, logit_softcap=50.0,
+                 implementation="pallas_gpu")
   lowered = jax.jit(functools.partial(
       write_and_attend, **options)).trace(
           bf16((batch, 16, 256)),

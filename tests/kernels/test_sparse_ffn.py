@@ -167,7 +167,7 @@ def test_the_choice_is_by_device_and_shape(platform, capability, arrays,
 
 
 @pytest.mark.parametrize("arrays, message", [
-    (shapes(1, jnp.float32), "needs bfloat16, not float32 and float32"),
+    (shapes(1, jnp.float32), "needs bfloat16, not float32"),
     (shapes(65), "serves 1 to 64 tokens, not 65"),
     (shapes(1, columns=1000), "needs R to be a multiple of 256, not 1000"),
     ([jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (
