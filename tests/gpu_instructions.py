@@ -5,6 +5,7 @@ that by instructions of their own, in `sparse_lm.kernels.mosaic_gpu`, which
 interpret mode passes over.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -61,12 +62,39 @@ def _barrier(token, mesh_location, thread, *, threads, wait):
   return token
 
 
-@gpu_callbacks.fail_on_exception
-def _copy_row(token, mesh_location, thread, keys, transforms):
-  (gmem, smem), (row, to) = keys, transforms
-  _, x = gpu_callbacks._get(token, mesh_location, thread, gmem, row)
-  gpu_callbacks._swap(token, mesh_location, thread, smem, to, x, None)
-  return token
+class _Rows:
+  """Copies without barriers: they are made when a warpgroup waits for them."""
+
+  def __init__(self):
+    self._started = collections.defaultdict(list)
+    self._committed = collections.defaultdict(list)
+
+  def _key(self, thread):
+    return thread.device_id, thread.block_id, thread.warpgroup_id
+
+  @gpu_callbacks.fail_on_exception
+  def start(self, token, mesh_location, thread, keys, transforms):
+    (gmem, smem), (row, to) = keys, transforms
+    _, x = gpu_callbacks._get(token, mesh_location, thread, gmem, row)
+    # Until then, anything may lie there.
+    gpu_callbacks._swap(token, mesh_location, thread, smem, to,
+                        np.full_like(x, np.nan), None)
+    self._started[self._key(thread)].append((gmem, row, smem, to))
+    return token
+
+  @gpu_callbacks.fail_on_exception
+  def commit(self, token, mesh_location, thread):
+    del mesh_location
+    key = self._key(thread)
+    self._committed[key] += self._started.pop(key, [])
+    return token
+
+  @gpu_callbacks.fail_on_exception
+  def wait(self, token, mesh_location, thread):
+    for gmem, row, smem, to in self._committed.pop(self._key(thread), []):
+      _, x = gpu_callbacks._get(token, mesh_location, thread, gmem, row)
+      gpu_callbacks._swap(token, mesh_location, thread, smem, to, x, None)
+    return token
 
 
 @gpu_callbacks.fail_on_exception
@@ -84,7 +112,7 @@ def _discard_line(token, mesh_location, thread, first, key, transforms, *,
 
 def interpreted():
   """A context in which interpret mode runs these instructions."""
-  otherwise = Interpreter._interpret_inline_mgpu_p
+  otherwise, rows = Interpreter._interpret_inline_mgpu_p, _Rows()
 
   def interpret(self, eqn, token, get_invals):
     name, arrays = eqn.params["mgpu_fn"].__name__, get_invals()
@@ -94,7 +122,7 @@ def interpreted():
       run = functools.partial(_send, blocks=math.prod(self.cluster_dims),
                               shape=eqn.invars[-1].aval.shape)
     elif name == "row_copy":
-      run = _copy_row
+      run = rows.start
       arrays = arrays[:2], eqn.params["pytree_ref_transforms"].unflatten(
           arrays[2:])
     elif name == "line_discard":
@@ -106,7 +134,7 @@ def interpreted():
       run = functools.partial(_barrier, threads=self.num_concurrent_threads,
                               wait=name == "cluster_wait")
     elif name in ("row_commit", "row_wait"):
-      return token, []  # A row is there as soon as it is asked for.
+      run = rows.commit if name == "row_commit" else rows.wait
     else:
       return otherwise(self, eqn, token, get_invals)
     return callback.io_callback(
