@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels.sparse_ffn import choose, sparse_ffn
+from sparse_lm.kernels.sparse_ffn import StatisticalTopk, choose, sparse_ffn
 
 R, U, F, D = 6, 10, 48, 16  # of Spark: R + U = D
 IMPLEMENTATIONS = ["xla", "reference"]  # those of a CPU
@@ -21,14 +21,15 @@ def select_above(threshold, scores):
   return jnp.where(scores > threshold, scores, 0)
 
 
-def make(batch, seed=0, dtype=jnp.float32, plain=False):
+def make(batch, seed=0, dtype=jnp.float32, shape="spark", neurons=F):
   rng = np.random.default_rng(seed)
+  gate, up = {"spark": (R, U), "gated": (D, D), "plain": (D, None)}[shape]
 
-  def draw(*shape):
-    return jnp.array(rng.normal(size=shape), dtype)
+  def draw(*size):
+    return jnp.array(rng.normal(size=size), dtype)
 
-  return (draw(batch, D), draw(F, R), None if plain else draw(F, U),
-          draw(F, D))
+  return (draw(batch, D), draw(neurons, gate),
+          None if up is None else draw(neurons, up), draw(neurons, D))
 
 
 def formula(arrays, threshold, up_activation=lambda x: x):
@@ -42,22 +43,22 @@ def formula(arrays, threshold, up_activation=lambda x: x):
   return hidden @ down, active
 
 
-@functools.partial(jax.jit, static_argnums=(2,), static_argnames="plain")
-def run(arrays, threshold, implementation, plain=False):
-  del plain
+@functools.partial(jax.jit, static_argnums=(2,))
+def run(arrays, threshold, implementation):
   return sparse_ffn(*arrays, select=functools.partial(select_above, threshold),
                     implementation=implementation)
 
 
 @hypothesis.given(
-    batch=st.sampled_from([1, 3, 8]), seed=st.integers(0, 99),
+    batch=st.sampled_from([1, 3, 8]), neurons=st.sampled_from([1, 7, 48, 77]),
+    shape=st.sampled_from(["spark", "gated", "plain"]), seed=st.integers(0, 99),
     # From all active to none: both ways of the streaming one are taken.
     threshold=st.sampled_from([-1e9, -1.0, 0.0, 2.0, 5.0, 1e9]),
-    implementation=st.sampled_from(IMPLEMENTATIONS),
-    plain=st.booleans())
+    implementation=st.sampled_from(IMPLEMENTATIONS))
 @hypothesis.settings(deadline=None, max_examples=30)
-def test_against_the_formula(batch, seed, threshold, implementation, plain):
-  arrays = make(batch, seed, plain=plain)
+def test_against_the_formula(batch, neurons, shape, seed, threshold,
+                             implementation):
+  arrays = make(batch, seed, shape=shape, neurons=neurons)
   y, active = run(arrays, threshold, implementation)
   expected, count = formula(arrays, threshold)
   np.testing.assert_allclose(y, expected, atol=1e-4)
@@ -74,12 +75,20 @@ def test_the_other_branch_may_have_an_activation(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_gated_layer_reads_all_dims_twice(implementation):
-  rng = np.random.default_rng(1)
-  arrays = [jnp.array(rng.normal(size=shape), jnp.float32)
-            for shape in ((2, D), (F, D), (F, D), (F, D))]
-  y, _ = run(arrays, 1.0, implementation)
-  np.testing.assert_allclose(y, formula(arrays, 1.0)[0], atol=1e-4)
+@pytest.mark.parametrize("select", [
+    functools.partial(select_above, 2.0), StatisticalTopk(1.0, jax.nn.relu)])
+def test_ties_at_the_threshold_are_inactive(implementation, select):
+  """Scores of 0 and 2: their mean is 1, and so is their deviation."""
+  x, gate, up, down = make(1)
+  x = x.at[0, :R].set(jnp.arange(R) == 0)
+  gate = gate.at[:, 0].set(jnp.arange(F) % 2 * 2)
+  y, active = sparse_ffn(x, gate, up, down, select=select,
+                         implementation=implementation)
+  assert active[0] == 0 and not y.any()
+  # One score more: the threshold stays or rises, and it alone is above.
+  y, active = sparse_ffn(x, gate.at[5, 0].set(9), up, down, select=select,
+                         implementation=implementation)
+  assert active[0] == 1 and y.all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -117,14 +126,17 @@ def test_with_most_neurons_active_whole_matrices_are_multiplied():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", range(4))
-def test_nan_in_nan_out(implementation, where):
-  arrays = list(make(1))
-  arrays[where] = arrays[where].at[(0, 0)].set(jnp.nan)
-  # All are active: whatever holds the NaN is used.
+def test_what_is_not_finite_shows(implementation, where, bad):
+  arrays = list(make(2))
+  arrays[where] = arrays[where].at[(0, 0)].set(bad)
+  # All are active: whatever holds it is used.
   y, _ = sparse_ffn(*arrays, select=lambda scores: scores,
                     implementation=implementation)
-  assert np.isnan(y).any()
+  assert not np.isfinite(y[0]).all()
+  # A token's own shows in its own row, a weight's in all.
+  assert np.isfinite(y[1]).all() == (where == 0)
 
 
 @pytest.mark.parametrize("change, message", [

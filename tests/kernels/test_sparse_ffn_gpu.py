@@ -184,26 +184,66 @@ def test_rows_come_in_batches_of_any_size(monkeypatch):
   jax.clear_caches()
 
 
+ABOVE_20 = Elementwise(lambda s: jnp.where(s > 20, s, 0))
+
+
+def poison_idle(arrays, select, x=None):
+  """`up` and `down` with NaN for neurons that no token activates."""
+  x, gate, up, down = arrays if x is None else (x, *arrays[1:])
+  scores = np.asarray(x, np.float32)[:, :R] @ np.asarray(gate, np.float32).T
+  idle_F = np.asarray(select(jnp.asarray(scores)) == 0).all(0)
+  assert 0 < (~idle_F).sum() < F / 2
+  return [jnp.where(idle_F[:, None], jnp.nan, a) for a in (up, down)]
+
+
 @interpreted
-def test_rows_of_inactive_neurons_are_not_read():
-  arrays = make("spark", tokens=1, seed=2)
-  select = Elementwise(lambda s: jnp.where(s > 20, s, 0))
+@pytest.mark.parametrize("tokens, select", [
+    (1, ABOVE_20), (1, TOPK), (TOKENS, ABOVE_20), (TOKENS, TOPK)])
+def test_rows_of_inactive_neurons_are_not_read(tokens, select):
+  arrays = make("spark", tokens, seed=2)
   expected, active = run(arrays, select)
-  x, gate, up, down = arrays
-  idle_F = np.asarray(x[:, :R] @ gate.T, np.float32)[0] <= 20
-  assert 0 < active[0] == (~idle_F).sum()
-  up, down = (jnp.where(idle_F[:, None], jnp.nan, a) for a in (up, down))
-  y, _ = run((x, gate, up, down), select)
+  assert active.min() > 0
+  y, _ = run([*arrays[:2], *poison_idle(arrays, select)], select)
   np.testing.assert_array_equal(y, expected)
 
 
 @interpreted
+def test_nor_are_they_after_the_norm():
+  x, *rest = make("spark", tokens=1)
+  norm = make_norm()
+  call = functools.partial(interpret, add_norm_and_sparse_ffn, x, *norm,
+                           epsilon=1e-6, select=TOPK)
+  _, expected, active = call(*rest)
+  assert active[0] > 0
+  _, normed = add_norm.add_norm(x, *norm, 1e-6)
+  _, y, _ = call(rest[0], *poison_idle([x, *rest], TOPK, normed))
+  np.testing.assert_array_equal(y, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("select", [
+    Elementwise(lambda s: jnp.where(s > 2, s, 0)), TOPK])
+def test_ties_at_the_threshold_are_inactive(select):
+  """Scores of 0 and 2: their mean is 1, and so is their deviation."""
+  x, gate, up, down = make("spark", tokens=1)
+  x = x.at[0, :R].set(jnp.arange(R) == 0)
+  gate = gate.at[:, 0].set(jnp.arange(F) % 2 * 2)
+  y, active = run([x, gate, up, down], select)
+  assert active[0] == 0 and not y.any()
+  y, active = run([x, gate.at[5, 0].set(9), up, down], select)
+  assert active[0] == 1 and y.all()
+
+
+@interpreted
+@pytest.mark.parametrize("tokens, select, bad", [
+    (1, Elementwise(linear), np.nan), (1, Elementwise(linear), np.inf),
+    (TOKENS, StatisticalTopk(-9.0, linear), np.nan)])
 @pytest.mark.parametrize("where", range(4))
-def test_what_is_not_finite_shows(where):
-  arrays = make("spark", tokens=1)
-  arrays[where] = arrays[where].at[0, -1].set(jnp.nan)
-  y, _ = run(arrays, Elementwise(linear))
-  assert np.isnan(np.asarray(y, np.float32)).any()
+def test_what_is_not_finite_shows(tokens, select, bad, where):
+  arrays = make("spark", tokens)
+  arrays[where] = arrays[where].at[0, -1].set(bad)
+  y, _ = run(arrays, select)
+  assert not np.isfinite(np.asarray(y[0], np.float32)).all()
 
 
 GELU = functools.partial(jax.nn.gelu, approximate=True)

@@ -137,6 +137,18 @@ def test_selections_and_the_other_branch_have_activations(select):
   assert 0 < active.min() and active.max() < F
 
 
+@pytest.mark.parametrize("stream_below", [ROWS, WHOLE])
+def test_ties_at_the_threshold_are_inactive(stream_below):
+  arrays = make(2)
+  scores = scores_of(arrays)
+  threshold = np.quantile(scores, 0.9).round()
+  assert (scores == threshold).sum() > 5
+  y, active = run(arrays, threshold, stream_below=stream_below)
+  expected, count = formula(arrays, threshold)
+  np.testing.assert_array_equal(active, count)
+  assert_close(y, expected, jnp.float32)
+
+
 def test_both_ways_and_another_run_give_the_same():
   arrays = make(3, seed=3)
   by_rows = run(arrays, 20)
