@@ -1,7 +1,11 @@
 """The gated top-k and its gradients against autodiff of the plain formula."""
 
+import contextlib
 import functools
+import types
 
+import hypothesis
+from hypothesis import strategies as st
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -33,9 +37,9 @@ def plain_counts(score, up, **rest):
   return [(plain(score, x, **rest) != 0).sum(1) for x in (None, up)]
 
 
-def draw(shape, with_up, dtype, mean=0.0):
+def draw(shape, with_up, dtype, mean=0.0, seed=0):
   """Scores of that mean, up, and the gradient of the result."""
-  score, up, d_h = np.random.default_rng(0).normal(size=(3, *shape))
+  score, up, d_h = np.random.default_rng(seed).normal(size=(3, *shape))
   return [None if x is None else jnp.array(x, dtype)
           for x in (score + mean, up if with_up else None, d_h)]
 
@@ -70,6 +74,78 @@ def test_equals_autodiff(names, bessel):
     np.testing.assert_array_equal(counts_of(f, *arrays[:2]),
                                   plain_counts(*arrays[:2], **rest))
   assert_close(got, expected, atol=1e-10)
+
+
+@hypothesis.given(
+    rows=st.sampled_from([1, 4]), neurons=st.sampled_from([1, 2, 37, 512]),
+    # From all active to none.
+    quantile=st.sampled_from([-30.0, -1.1, 0.0, 0.7, 2.5, 30.0]),
+    names=st.sampled_from(ACTIVATIONS), bessel=st.booleans(),
+    seed=st.integers(0, 99))
+@hypothesis.settings(deadline=None, max_examples=25)
+def test_fractions_from_0_to_1(rows, neurons, quantile, names, bessel, seed):
+  hypothesis.assume(neurons > 1 or not bessel)  # A deviation needs two.
+  rest = dict(quantile=quantile, bessel=bessel, **make(*names))
+  with jax.enable_x64(True):
+    arrays = draw((rows, neurons), names[1], jnp.float64, seed=seed)
+    f = functools.partial(gated_topk, **rest)
+    got, counts = f(*arrays[:2]), counts_of(f, *arrays[:2])
+    expected = plain(*arrays[:2], **rest)
+    expected_counts = plain_counts(*arrays[:2], **rest)
+  assert_close([got], [expected], atol=1e-10)
+  np.testing.assert_array_equal(counts, expected_counts)
+  if abs(quantile) == 30 and neurons > 1 and names[0] != "relu2":
+    np.testing.assert_array_equal(counts[0], neurons * (quantile < 0))
+
+
+def test_bfloat16_is_computed_in_float32():
+  """But for the result's own rounding: 8 bits of mantissa."""
+  score, up, _ = draw((4, 600), True, jnp.bfloat16, mean=3.0)
+  rest = dict(quantile=1.0, bessel=False, **make("silu", "silu"))
+  got = gated_topk(score, up, **rest)
+  assert got.dtype == jnp.bfloat16
+  expected = plain(score.astype(jnp.float32), up.astype(jnp.float32), **rest)
+  assert_close([got], [expected], rtol=2**-8, atol=1e-5)
+
+
+INTERPRETED = pytest.param("pallas_gpu", marks=pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="needs two blocks in GPU interpret mode, of jax 0.12"))
+
+
+@pytest.mark.parametrize("implementation", ["xla", INTERPRETED])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", range(3))
+def test_what_is_not_finite_shows_in_its_row(implementation, bad, where):
+  arrays = draw((2, 512), True, jnp.bfloat16)
+  # Where its neuron is active, nothing cuts it.
+  arrays[0] = arrays[0].at[0, 7].set(9)
+  arrays[where] = arrays[where].at[0, 7].set(bad)
+  f = functools.partial(gated_topk, quantile=1.0, **make("relu", "linear"),
+                        implementation=implementation)
+  interpret = contextlib.nullcontext()
+  if implementation == "pallas_gpu":
+    interpret = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+  with interpret:
+    outs = jax.device_get(value_and_gradients(f, *arrays))
+  finite = [np.isfinite(np.asarray(x, np.float32)).all(1) for x in outs]
+  assert all(x[1] for x in finite)
+  # The gradient's own does not reach the result, nor up what multiplies it.
+  assert not finite[0][0] or where == 2
+  assert not finite[1][0]
+  assert not finite[2][0] or where == 1
+
+
+@pytest.mark.parametrize("score, up, message", [
+    ((2, 512), (1, 512), r"up_NxF has shape \(1, 512\), expected \(2, 512\)"),
+    ((2, 512), (2, 511), "up_NxF has shape")])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_gpu"])
+def test_branches_that_do_not_fit_are_refused(score, up, message,
+                                              implementation):
+  with pytest.raises(ValueError, match=message):
+    gated_topk(jnp.zeros(score, jnp.bfloat16), jnp.zeros(up, jnp.bfloat16),
+               quantile=1.0, activation=jax.nn.relu,
+               implementation=implementation)
 
 
 def test_what_is_0_beside_the_threshold_does_not_count():
@@ -144,6 +220,13 @@ def test_what_cannot_be_served():
       call(**case)
 
 
-def test_choose_without_a_gpu():
-  row = jnp.zeros((2, 512), jnp.bfloat16)
-  assert choose(jax.devices()[0], row, row, jax.nn.gelu) == "xla"
+@pytest.mark.parametrize("platform, capability, neurons, expected", [
+    ("cpu", "", 512, "xla"), ("gpu", "9.0", 512, "pallas_gpu"),
+    ("gpu", "9.0", 500, "xla"), ("gpu", "8.0", 512, "xla"),
+    ("gpu", "10.0", 512, "xla"), ("tpu", "", 512, "xla")])
+def test_the_choice_is_by_device_and_shape(platform, capability, neurons,
+                                           expected):
+  device = types.SimpleNamespace(platform=platform,
+                                 compute_capability=capability)
+  row = jnp.zeros((2, neurons), jnp.bfloat16)
+  assert choose(device, row, row, jax.nn.gelu) == expected

@@ -64,7 +64,7 @@ def assert_close(a, b, tolerance=1e-5):
     block_k=st.sampled_from([6, 8, 64]), cut=st.sampled_from([0, 7]),
     window=st.sampled_from([1, 4, EVERYTHING]), traced=st.booleans(),
     softcap=st.sampled_from([0.0, 2.0]), top_k=st.sampled_from([1, 3, 100]))
-@hypothesis.settings(deadline=None, max_examples=6, derandomize=True)
+@hypothesis.settings(deadline=None, max_examples=10)
 def test_equals_all_scores_at_once(length, block_q, block_k, cut, window,
                                    traced, softcap, top_k):
   arrays, (positions, segments) = make(length, length), packed(length, cut)
@@ -87,6 +87,33 @@ def test_bfloat16_is_near_float32(blocks):
     assert error < 6e-3 * np.linalg.norm(y)
   # Products of bfloat16 are exact in float32: the same keys are kept.
   assert_close(got[2], expected[2], 0)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where, dim", [(0, 0), (0, P), (1, 0), (1, P), (2, 0)])
+def test_what_is_not_finite_shows_where_it_is_seen(implementation, bad, where,
+                                                   dim):
+  """A query's own in its row, a key's from its position on at least."""
+  arrays = make(13)[:3]
+  # A second score of -inf is a weight of 0: let them all be above 0.
+  arrays = [jnp.abs(x) for x in arrays]
+  arrays[where] = arrays[where].at[0, 0, ..., 6, dim].set(bad)
+  mixed = spark_attention(
+      *arrays, jnp.tile(jnp.arange(13), (B, 1)), None, EVERYTHING,
+      predictor_dim=P, top_k=100, block_q=4, block_k=4,
+      implementation=implementation)[0]
+  finite_GxL = np.isfinite(mixed).all(-1)[0, 0]
+  if where == 0:
+    np.testing.assert_array_equal(finite_GxL, np.tile(np.arange(13) != 6,
+                                                      (G, 1)))
+  assert not finite_GxL[:, 6:].any() or where == 0
+  assert np.isfinite(mixed[1]).all() and np.isfinite(mixed[0, 1]).all()
+  if dim == 0 and where < 2:  # What decides which keys are kept.
+    mixed = spark_attention(
+        *arrays, jnp.tile(jnp.arange(13), (B, 1)), None, EVERYTHING,
+        predictor_dim=P, top_k=3, implementation=implementation)[0]
+    assert not np.isfinite(mixed[0, 0, :, 6]).any()
 
 
 def test_one_visible_key():
@@ -190,6 +217,9 @@ def test_no_device_gathers_other_devices_rows(shape):
     (dict(positions_BxL=jnp.zeros(8, int)), r"positions_BxL has shape \(8,\)"),
     (dict(segments_BxL=jnp.zeros((B, 7), int)), "segments_BxL has shape"),
     (dict(predictor_dim=E), r"predictor_dim=8 is not in \(0, 8\)"),
+    (dict(top_k=0), "top_k=0 must be above 0"),
+    (dict(key_BxKxLxE=jnp.zeros((B, K, 8, E), jnp.bfloat16)),
+     "key_BxKxLxE is bfloat16, expected the query's float32"),
 ])
 def test_what_does_not_fit_is_refused(change, message):
   names = ("query_BxKxGxLxE", "key_BxKxLxE", "value_BxKxLxE")

@@ -45,7 +45,8 @@ def run(arrays, window=EVERYTHING, top_k=6, logit_softcap=0.0,
 
 
 @hypothesis.given(
-    shape=st.sampled_from([(1, 1, 1, 1), (40, 2, 2, 3), (300, 1, 4, 2)]),
+    shape=st.sampled_from([(1, 1, 1, 1), (40, 2, 2, 3), (129, 3, 1, 1),
+                           (300, 1, 4, 2)]),
     # From one key to more than there are: both ways of "xla" are taken.
     top_k=st.sampled_from([1, 2, 6, 39, 1000]), data=st.data(),
     window=st.sampled_from([1, 2, 17, EVERYTHING]),
@@ -146,6 +147,20 @@ def test_nan_in_nan_out(implementation, where):
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("where", range(4))
+def test_an_infinity_shows_where_the_formula_has_it(formula, implementation,
+                                                    where):
+  """Of all keys: a logit of -inf has no weight, one of inf is NaN."""
+  arrays = make(lengths=(40,))
+  arrays[where] = arrays[where].at[0, 0, 0, 2].set(jnp.inf)
+  y, _ = run(arrays, top_k=1000, implementation=implementation)
+  with np.errstate(invalid="ignore"):
+    expected, _ = formula(arrays, top_k=1000)
+  np.testing.assert_array_equal(np.isfinite(y), np.isfinite(expected))
+  assert not np.isfinite(expected).all() and np.isfinite(expected).any()
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_ties_at_the_threshold_are_all_kept(formula, implementation):
   """Equal scores have no spread: all are the best."""
   arrays = make(lengths=(40,))
@@ -192,6 +207,22 @@ def test_the_tpu_kernel(formula, capfd, lengths, window, top_k, dtype):
   assert error < limit * np.linalg.norm(expected)
   np.testing.assert_array_equal(count, kept.sum(-1))
   assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("where", range(4))
+def test_what_is_not_finite_shows_in_the_tpu_kernel(where):
+  arrays = make((200,), 256, 1, 2, predictor=128, rest=128)
+  arrays[where] = arrays[where].at[0, 0, 0].set(jnp.nan)
+  y, _ = interpreted(arrays, window=EVERYTHING, top_k=1000 if where else 12)
+  assert np.isnan(y).any()
+
+
+def test_ties_are_all_kept_in_the_tpu_kernel(formula):
+  arrays = make((200,), 256, 1, 2, predictor=128, rest=128)
+  arrays[1] = jnp.broadcast_to(arrays[1][:, :, :1], arrays[1].shape)
+  y, count = interpreted(arrays, window=EVERYTHING, top_k=3)
+  np.testing.assert_array_equal(count, 200)
+  np.testing.assert_allclose(y, formula(arrays, top_k=1000)[0], atol=1e-4)
 
 
 def test_what_the_tpu_kernel_cannot_take():

@@ -108,6 +108,16 @@ def test_only_kept_keys_matter(formula):
 
 
 @interpreted
+@pytest.mark.usefixtures("cluster")
+def test_ties_are_all_kept(formula):
+  arrays = make(lengths=(70,), slots=96, heads=1, group=2)
+  arrays[1] = jnp.broadcast_to(arrays[1][:, :, :1], arrays[1].shape)
+  y, count = attend(arrays, top_k=3)
+  np.testing.assert_array_equal(count, 70)
+  assert close(y, formula(arrays, top_k=1000)[0])
+
+
+@interpreted
 @pytest.mark.parametrize("where", range(4))
 def test_nan_in_nan_out(where):
   arrays = make(lengths=(50,), slots=64, heads=1, group=1)
