@@ -243,42 +243,6 @@ def _run_ptx(text: str, constraints: str, *operands) -> None:
                   has_side_effects=True)
 
 
-def inlined(function: Callable[[jax.Array], jax.Array], layout
-            ) -> Callable[[jax.Array], jax.Array]:
-  """An elementwise function without its rules of differentiation.
-
-  Mosaic GPU does not know the calls that carry those: `jax.nn.relu` is one.
-
-  Args:
-    function: from an array to one of its shape.
-    layout: of both; a constant result has none by itself.
-  """
-  def evaluate(closed, values):
-    env = dict(zip(closed.jaxpr.constvars, closed.consts))
-    env |= dict(zip(closed.jaxpr.invars, values))
-
-    def read(atom):
-      return atom.val if hasattr(atom, "val") else env[atom]
-
-    for eqn in closed.jaxpr.eqns:
-      inputs = [read(atom) for atom in eqn.invars]
-      inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-      if inner is not None:
-        outputs = evaluate(inner, inputs)
-      else:
-        outputs = eqn.primitive.bind(*inputs, **eqn.params)
-        if not eqn.primitive.multiple_results:
-          outputs = [outputs]
-      env.update(zip(eqn.outvars, outputs))
-    return [read(atom) for atom in closed.jaxpr.outvars]
-
-  def call(x: jax.Array) -> jax.Array:
-    closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return plgpu.layout_cast(evaluate(closed, [x])[0], layout)
-
-  return call
-
-
 def log2(x: jax.Array) -> jax.Array:
   """To base 2, of float32: one instruction where math is approximate."""
   if jax.__version_info__ >= (0, 11):

@@ -21,6 +21,7 @@ and with several; gated_*: statistical top-k, activation and product as one.
 from collections.abc import Sequence
 import json
 import pathlib
+import sys
 from typing import Any
 
 from sparse_lm import cli
@@ -65,13 +66,18 @@ def _read_scores(args, tokens: int):
   if args.suite != "ffn":
     raise UserError(f"--scores={args.scores}: is for --suite=ffn alone")
   try:
-    scores = np.load(args.scores)
+    scores = np.lib.format.open_memmap(args.scores, mode="r")
   except (OSError, ValueError) as e:
     raise UserError(f"--scores={args.scores}: {e}") from e
   if scores.ndim != 3 or scores.shape[1] < tokens:
     raise UserError(f"--scores={args.scores}: has shape {scores.shape}, not "
                     f"layers, {tokens} tokens or more, neurons")
   return scores
+
+
+def _log(line: str) -> None:
+  """Shows what has been timed, a line at a time: a suite takes minutes."""
+  print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -100,6 +106,9 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.layers < 1:
     raise UserError(f"--layers={args.layers}: must be above 0")
+  if args.output and not args.output.parent.is_dir():
+    raise UserError(f"--output={args.output}: {args.output.parent} is not a "
+                    "folder")
   tokens = _numbers("tokens", args.tokens)
   scores = _read_scores(args, max(tokens))
   # pylint: disable=g-import-not-at-top
@@ -112,12 +121,16 @@ def main(argv: Sequence[str]) -> None:
               for pair in args.blocks.split(",")]
     result = timing.time_attention(_numbers("lengths", args.lengths), blocks)
   elif args.suite == "topk_training":
-    result = timing.time_topk(*_numbers("shape", args.shape,
-                                        "64,48,256,16", count=4))
+    shape = _numbers("shape", args.shape, "64,48,256,16", count=4)
+    if shape[3] >= shape[1]:
+      raise UserError(f"--shape={args.shape}: the predictor dim {shape[3]} "
+                      f"must be below the model dim {shape[1]}")
+    result = timing.time_topk(*shape)
   elif args.suite.endswith("ffn"):
-    result = timing.time_ffn(args.suite, args.layers, tokens, scores)
+    result = timing.time_ffn(args.suite, args.layers, tokens, _log, scores)
   else:
-    result = timing.time_decode(args.layers, _numbers("prompts", args.prompts))
+    result = timing.time_decode(args.layers, _numbers("prompts", args.prompts),
+                                _log)
   print(_table(result))
   if args.output:
     args.output.write_text(json.dumps(result, indent=1) + "\n")

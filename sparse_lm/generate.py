@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
                       help="print one JSON object when done, no stream")
   args = parser.parse_args(argv)
   sampler = make_sampler(args.temperature, args.top_k, args.top_p)
+  if not 0 <= args.seed < 2**63:
+    raise UserError(f"--seed={args.seed}: is not in [0, 2^63)")
   prompt = read_prompt(args.prompt)
   config, params, tokenizer, step = load(args.workdir, args.step)
   decoder = Decoder(config.model, params,

@@ -4,6 +4,7 @@ Each runs as a subprocess. What one does after another has shown that it starts
 runs in this process: `main` is all that `cli.run` calls.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import scipy.stats
 
 from sparse_lm import (benchmark, compare, evaluate, generate, shift_threshold,
                        train)
-from sparse_lm.config import FFNConfig
+from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
 from sparse_lm.decoding import timing
 from sparse_lm.errors import UserError
 from sparse_lm.training.workdir import read_config
@@ -134,6 +135,20 @@ def test_generate(call, tiny_run, capsys):
     drawn.append(capsys.readouterr().out)
   assert drawn[0] == drawn[1] != drawn[2]
   assert all(len(text) > len("the ") for text in drawn)
+
+
+def test_generate_refuses_what_it_cannot_do(tiny_run, capsys):
+  flags = [f"--workdir={tiny_run[0]}", "--prompt=the "]
+  for flag, part in [
+      ("--ffn_implementation=pallas_gpu", "needs an NVIDIA Hopper GPU, not cpu"),
+      ("--ffn_implementation=pallas_tpu", "needs a TPU, not cpu"),
+      ("--ffn_implementation=cuda", "is not one of xla, "),
+      ("--temperature=nan", "must be 0"), (f"--seed={2**63}", "is not in"),
+      ("--max_new_tokens=0", "must be above 0")]:
+    refused_here(generate.main, [*flags, flag], flag, part)
+  generate.main([*flags, "--max_new_tokens=1", "--json"])
+  told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+  assert told["completion"] and "active_fraction" not in told
 
 
 def final_state(workdir):
@@ -370,8 +385,11 @@ def test_compare_trains_what_is_missing_and_writes_the_results(
   assert shift.returncode == 0, shift.stderr
   assert "chosen: threshold " in shift.stdout
   capsys.readouterr()
-  generate.main([f"--workdir={shifted}", "--prompt=the ", "--max_new_tokens=4"])
-  assert capsys.readouterr().out.startswith("the ")
+  generate.main([f"--workdir={shifted}", "--prompt=the ", "--max_new_tokens=4",
+                 "--json"])
+  told = json.loads(capsys.readouterr().out)
+  assert set(told["ffn_implementations"]) == {"xla"}
+  assert 0 < told["active_fraction"] < 1
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -433,7 +451,8 @@ def test_benchmark_with_the_active_neurons_of_a_trained_model(
   active = wide > theta[..., None]
   # Each of the benchmark's neurons stands for one of the model's.
   neurons = 4 * model.ffn.num_neurons
-  spark = FFNConfig(num_neurons=neurons, predictor_dim=32, active_fraction=0.25)
+  # More dims than tokens: the others must not matter.
+  spark = FFNConfig(num_neurons=neurons, predictor_dim=48, active_fraction=0.25)
   dense = FFNConfig(shape="gated", num_neurons=64, sparsifier="none")
   monkeypatch.setattr(timing, "_pair", lambda suite: (spark, dense, 64))
   monkeypatch.setattr(timing, "read_bandwidth", lambda: 1e9)
@@ -441,14 +460,48 @@ def test_benchmark_with_the_active_neurons_of_a_trained_model(
                   f"--scores={path}", f"--output={output}"])
   one, two = json.loads(output.read_text())["rows"]
   assert one["union_fraction"] == pytest.approx(active[:, :1].mean(), abs=0.02)
-  assert one["active_fraction"] == pytest.approx(active[:, :1].mean(), abs=0.02)
+  assert one["active_fraction"] == pytest.approx(one["union_fraction"], abs=1e-6)
   assert two["union_fraction"] == pytest.approx(active.any(1).mean(), abs=0.02)
-  capsys.readouterr()
+  # What was timed computes these, and not only their number.
+  scores = timing._tiled(scores_NxTxF, neurons)
+  _, one_pass, states, _ = timing._layers(spark, 64, 2, True, np.float32,
+                                          scores)
+  for i in range(2):
+    x = timing._inputs(i + 1, 64, np.float32, scores)[i:]
+    _, counts = one_pass(states, x)
+    np.testing.assert_allclose(np.ravel(counts), 4 * active[:, i].sum(-1),
+                               atol=4)
+  assert "spark layer, 2 token(s), xla: " in capsys.readouterr().err
+  empty = tmp_path / "empty.npy"
+  empty.touch()
   for flags, *parts in [
       (["--suite=decode"], "--scores", "--suite=ffn"),
       (["--suite=ffn", "--tokens=64"], "--scores", "64 tokens"),
+      (["--suite=ffn", "--tokens=1", f"--scores={empty}"], "empty.npy", "EOF"),
+      (["--suite=ffn", "--tokens=1", f"--output={tmp_path}/none/rows.json"],
+       "--output", "none is not a folder"),
       (["--suite=ffn", f"--scores={tmp_path / 'none.npy'}"], "none.npy")]:
     refused_here(benchmark.main, [f"--scores={path}", *flags], *parts)
+
+
+def test_bytes_of_a_token():
+  """Of two layers in turn: one sees 4 tokens, the other all."""
+  attention = AttentionConfig(
+      shape="dense", num_query_heads=4, num_kv_heads=2, head_dim=8,
+      sliding_window=4, global_every=2)
+  model = ModelConfig(
+      vocab_size=100, num_layers=2, model_dim=16, attention=attention,
+      ffn=FFNConfig(shape="gated", num_neurons=20, sparsifier="none"))
+  weights = 100 * 16 + 2 * (3 * 16 * 20 + 16 * 8 * (2 * 4 + 2 * 2))
+  keys = 2 * 8  # numbers of a token, in each layer, and as many of values
+  assert timing._decode_bytes(model, 10, 2) == 2 * (
+      weights + 2 * keys * (4 + 10))
+  spark = dataclasses.replace(model, attention=dataclasses.replace(
+      attention, shape="spark", predictor_dim=2, top_k=3))
+  # Two queries a group keep six keys, or all four: of these all of a head.
+  first, rest = 2 * 2, 2 * (2 * 8 - 2)
+  assert timing._decode_bytes(spark, 10, 2) == 2 * (
+      weights + first * (4 + 10) + rest * (4 + 6))
 
 
 def test_benchmark(call, tmp_path):
@@ -462,6 +515,8 @@ def test_benchmark(call, tmp_path):
   assert [row["topk"] for row in rows] == [
       "none", "statistical", "top_k", "approx_max_k", "gated_xla"]
   assert rows[0]["ratio"] == 1 and all(row["ms"] > 0 for row in rows)
+  refused_here(benchmark.main, ["--suite=topk_training", "--shape=8,16,64,16"],
+               "--shape=8,16,64,16", "must be below the model dim 16")
   # Columns end where their heads do.
   assert heads.split() == list(rows[0])
   for line, row in zip(lines, rows, strict=True):

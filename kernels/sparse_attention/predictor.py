@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
+
+from sparse_lm.kernels.gaussian import quantile
 
 
 def products(query_BxKxGxP: jax.Array, key_BxKxSxP: jax.Array) -> jax.Array:
@@ -18,22 +19,22 @@ def quantiles(counts: jax.Array, slots: int, top_k: int) -> jax.Array:
 
   Looked up: the same rounding as in training, where Q is in float64.
   """
-  fraction = np.maximum(1 - top_k / np.maximum(np.arange(slots + 1), 1), 0)
-  return jnp.asarray(scipy.special.ndtri(fraction), jnp.float32)[counts]
+  table = quantile(top_k, np.arange(slots + 1))
+  return jnp.asarray(table, jnp.float32)[counts]
 
 
 def _threshold(scores_BxKxGxS: jax.Array, seen_Bx1x1xS: jax.Array,
                top_k: int) -> jax.Array:
   """mean + std * Q(1 - k/n) over the n visible keys; -inf where n <= k."""
   count = seen_Bx1x1xS.sum(-1, keepdims=True)
-  quantile = quantiles(count, scores_BxKxGxS.shape[-1], top_k)
+  normal = quantiles(count, scores_BxKxGxS.shape[-1], top_k)
   count = jnp.maximum(count, 1)
   mean = scores_BxKxGxS.sum(-1, keepdims=True, where=seen_Bx1x1xS) / count
   squares = jnp.square(scores_BxKxGxS - mean).sum(-1, keepdims=True,
                                                   where=seen_Bx1x1xS)
   # Not mean + std * quantile throughout: 0 * -inf is NaN.
-  finite = quantile > -jnp.inf
-  theta = mean + jnp.sqrt(squares / count) * jnp.where(finite, quantile, 0)
+  finite = normal > -jnp.inf
+  theta = mean + jnp.sqrt(squares / count) * jnp.where(finite, normal, 0)
   return jnp.where(finite, theta, -jnp.inf)
 
 

@@ -16,8 +16,9 @@ IMPLEMENTATIONS = Implementations("sparse_ffn", {
 
 
 def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,
-                up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
-  """Why an implementation cannot take such arrays, None where it can.
+                up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
+                up_activation: Activation = linear) -> str | None:
+  """Why an implementation cannot take such arguments, None where it can.
 
   Args:
     implementation: of `IMPLEMENTATIONS`.
@@ -26,12 +27,14 @@ def unsupported(implementation: str, x_BxD: jax.Array, gate_FxR: jax.Array,
     gate_FxR: the gate.
     up_FxU: None in a plain layer.
     down_FxD: the last matrix.
+    select: from scores to activations.
+    up_activation: of the other branch.
 
   Raises:
     ValueError: on an unknown implementation.
   """
   return IMPLEMENTATIONS.unsupported(implementation, x_BxD, gate_FxR, up_FxU,
-                                     down_FxD)
+                                     down_FxD, select, up_activation)
 
 
 def _fastest(device: jax.Device) -> str | None:
@@ -45,7 +48,8 @@ def _fastest(device: jax.Device) -> str | None:
 
 
 def choose(device: jax.Device, x_BxD: jax.Array, gate_FxR: jax.Array,
-           up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
+           up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
+           up_activation: Activation = linear) -> str | None:
   """The implementation that is faster than computing every neuron.
 
   Args:
@@ -54,13 +58,15 @@ def choose(device: jax.Device, x_BxD: jax.Array, gate_FxR: jax.Array,
     gate_FxR: the gate.
     up_FxU: None in a plain layer.
     down_FxD: the last matrix.
+    select: from scores to activations.
+    up_activation: of the other branch.
 
   Returns:
     One of `IMPLEMENTATIONS`; None where there is none.
   """
   implementation = _fastest(device)
-  if implementation is None or unsupported(implementation, x_BxD, gate_FxR,
-                                           up_FxU, down_FxD):
+  if implementation is None or unsupported(
+      implementation, x_BxD, gate_FxR, up_FxU, down_FxD, select, up_activation):
     return None
   return implementation
 
@@ -104,9 +110,8 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
     ValueError: on an unknown implementation, one that cannot serve, or shapes
       that do not fit.
   """
-  arrays = (x_BxD, gate_FxR, up_FxU, down_FxD)
-  return _checked(implementation, *arrays).sparse_ffn(*arrays, select,
-                                                      up_activation)
+  arguments = (x_BxD, gate_FxR, up_FxU, down_FxD, select, up_activation)
+  return _checked(implementation, *arguments).sparse_ffn(*arguments)
 
 
 def add_norm_and_sparse_ffn(
@@ -137,22 +142,22 @@ def add_norm_and_sparse_ffn(
     ValueError: as `sparse_ffn`.
   """
   tokens = x_BxD, y_BxD, y_scale_D, scale_D
-  arrays = gate_FxR, up_FxU, down_FxD
-  module = _checked(implementation, x_BxD, *arrays)
+  layer = gate_FxR, up_FxU, down_FxD, select, up_activation
+  module = _checked(implementation, x_BxD, *layer)
   takes_in = getattr(module, "takes_in_add_norm", None)
-  if takes_in and takes_in(x_BxD, select):
-    return module.add_norm_and_sparse_ffn(*tokens, epsilon, *arrays, select,
-                                          up_activation)
+  if takes_in and takes_in(x_BxD, gate_FxR, select):
+    return module.add_norm_and_sparse_ffn(*tokens, epsilon, *layer)
   x_BxD, norm_BxD = add_norm(*tokens, epsilon=epsilon)
-  return x_BxD, *module.sparse_ffn(norm_BxD, *arrays, select, up_activation)
+  return x_BxD, *module.sparse_ffn(norm_BxD, *layer)
 
 
 def _checked(implementation: str | None, x_BxD: jax.Array, gate_FxR: jax.Array,
-             up_FxU: jax.Array | None, down_FxD: jax.Array):
-  """The implementation's module, if it can serve such arrays."""
-  arrays = (x_BxD, gate_FxR, up_FxU, down_FxD)
+             up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
+             up_activation: Activation):
+  """The implementation's module, if it can serve such arguments."""
+  arguments = (x_BxD, gate_FxR, up_FxU, down_FxD, select, up_activation)
   if implementation is None:
-    implementation = choose(jax.devices()[0], *arrays) or "reference"
+    implementation = choose(jax.devices()[0], *arguments) or "reference"
   neurons, width = gate_FxR.shape[0], x_BxD.shape[1]
   expected = [("gate_FxR", gate_FxR, min(gate_FxR.shape[1], width)),
               ("down_FxD", down_FxD, width)]
@@ -165,4 +170,4 @@ def _checked(implementation: str | None, x_BxD: jax.Array, gate_FxR: jax.Array,
         array is gate_FxR or implementation != "pallas_tpu"
         or (array.shape[0], math.prod(array.shape[1:])) != shape):
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-  return IMPLEMENTATIONS.serving(implementation, *arrays)
+  return IMPLEMENTATIONS.serving(implementation, *arguments)

@@ -28,8 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels import gpu_functions, mosaic_gpu
 from sparse_lm.kernels.add_norm import gpu as add_norm
+from sparse_lm.kernels.gpu_functions import inlined
 from sparse_lm.kernels.mosaic_gpu import COLUMNS, LANES
 from sparse_lm.kernels.sparse_ffn import (gpu_all, gpu_rows, gpu_scores,
                                           gpu_sums)
@@ -51,7 +52,8 @@ _SHARED_BYTES = 220 * 1024
 
 
 def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
-                up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
+                up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
+                up_activation: Activation) -> str | None:
   """As `api.unsupported`."""
   types = {str(a.dtype) for a in (x_BxD, gate_FxR, up_FxU, down_FxD)
            if a is not None}
@@ -70,7 +72,10 @@ def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
       return f"needs {name} to be a multiple of {unit}, not {size}"
   if not (_rows_bytes(widths) and _rows_bytes_of_one(widths)):
     return f"rows of {down_FxD.shape[1]} numbers do not fit in shared memory"
-  return None
+  functions = [up_activation]
+  if isinstance(select, (Elementwise, StatisticalTopk)):
+    functions.append(select.activation)
+  return gpu_functions.unsupported(*functions)
 
 
 def _rows_bytes(widths: list[int]) -> int | None:
@@ -106,8 +111,7 @@ def _rows(up_FxU: jax.Array | None, down_FxD: jax.Array
 
 
 def _activate(select, scores: list[jax.Array]) -> list[jax.Array]:
-  return [mosaic_gpu.inlined(select.activation, LANES)(score)
-          for score in scores]
+  return [inlined(select.activation, LANES)(score) for score in scores]
 
 
 def _scores(tokens: int, neurons: int) -> list[jax.ShapeDtypeStruct]:
@@ -268,10 +272,15 @@ def sparse_ffn(x_BxD: jax.Array, gate_FxR: jax.Array,
                      up_FxU, down_FxD)
 
 
-def takes_in_add_norm(x_BxD: jax.Array, select: Select) -> bool:
+def takes_in_add_norm(x_BxD: jax.Array, gate_FxR: jax.Array, select: Select
+                      ) -> bool:
   """Whether `add_norm_and_sparse_ffn` serves, where `sparse_ffn` does."""
-  return (x_BxD.shape[0] == 1 and not isinstance(select, Elementwise)
-          and not add_norm.unsupported(x_BxD))
+  tokens, width = x_BxD.shape
+  # All of what the gate multiplies, and the sum and its norm.
+  token_bytes = 2 * (gpu_scores.TOKENS * gate_FxR.shape[1] + 2 * width)
+  return (tokens == 1 and not isinstance(select, Elementwise)
+          and not add_norm.unsupported(x_BxD)
+          and gpu_scores.BYTES + token_bytes <= _SHARED_BYTES)
 
 
 def add_norm_and_sparse_ffn(

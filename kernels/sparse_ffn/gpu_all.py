@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.gpu_functions import inlined
 from sparse_lm.kernels.sparse_ffn import gpu_sums
 from sparse_lm.kernels.sparse_ffn.select import (Activation, Elementwise,
                                                  Select, StatisticalTopk)
@@ -265,11 +266,11 @@ def _hidden(select, up_activation, products, statistics):
       score = jnp.maximum(score - _across(theta, score.shape, _TOKENS), 0.0)
     hidden = score
     if select is not None:
-      hidden = mosaic_gpu.inlined(select.activation, _TOKENS)(score)
+      hidden = inlined(select.activation, _TOKENS)(score)
     mosaic_gpu.store(count_gmem.at[rows, block],
                      jnp.where(hidden != 0.0, 1.0, 0.0).sum(1))
     for product in up:
-      hidden *= mosaic_gpu.inlined(up_activation, _TOKENS)(product)
+      hidden *= inlined(up_activation, _TOKENS)(product)
     mosaic_gpu.store(hidden_gmem.at[where], hidden.astype(jnp.bfloat16))
     plgpu.commit_smem()  # All have read. What XLA has made is XLA's.
     lines = columns // 32

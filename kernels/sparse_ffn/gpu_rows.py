@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels.gpu_functions import inlined
 from sparse_lm.kernels.mosaic_gpu import LANES
 from sparse_lm.kernels.sparse_ffn.select import Activation
 
@@ -155,8 +156,7 @@ def add_rows(part, first_neuron, activations: list[jax.Array], x,
     product = mosaic_gpu.row_products(smem["up"].at[part, place], x)
     layout = mosaic_gpu.ROW_A_WARP.reduce((1, 2))
     hidden = mosaic_gpu.load(hidden_smem.at[place], layout)
-    hidden_smem[place] = hidden * mosaic_gpu.inlined(
-        up_activation, layout)(product)
+    hidden_smem[place] = hidden * inlined(up_activation, layout)(product)
     plgpu.commit_smem()
 
   def one_batch(n, y):

@@ -55,9 +55,10 @@ def _vmem_bytes(batch: int, neurons: int, widths: list[int], size: int) -> int:
 
 
 def unsupported(x_BxD: jax.Array, gate_FxR: jax.Array,
-                up_FxU: jax.Array | None, down_FxD: jax.Array) -> str | None:
+                up_FxU: jax.Array | None, down_FxD: jax.Array, select: Select,
+                up_activation: Activation) -> str | None:
   """As `api.unsupported`; of the matrices or of their `layout`s."""
-  del gate_FxR  # XLA's.
+  del gate_FxR, select, up_activation  # XLA's, and whatever Pallas takes.
   batch = x_BxD.shape[0]
   if down_FxD.shape[0] < _LANES:
     return f"down_FxD has {down_FxD.shape[0]} rows, fewer than {_LANES}"

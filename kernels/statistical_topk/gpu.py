@@ -17,10 +17,10 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import core
 import jax.numpy as jnp
 
-from sparse_lm.kernels import mosaic_gpu
+from sparse_lm.kernels import gpu_functions, mosaic_gpu
+from sparse_lm.kernels.gpu_functions import inlined, with_slope
 from sparse_lm.kernels.statistical_topk.rule import Activation, Rule
 
 # A line, and the lines of a piece: one of each warp of a warpgroup.
@@ -39,64 +39,6 @@ _LAYOUT = plgpu.Layout.TILED(
 _PARAMS = dataclasses.replace(mosaic_gpu.PARAMS, approx_math=True,
                               reduction_scratch_bytes=0)
 
-# What activations are made of that kernels have in each version of JAX.
-_PRIMITIVES = frozenset((
-    "abs", "add", "and", "broadcast_in_dim", "convert_element_type", "div",
-    "eq", "exp", "ge", "gt", "integer_pow", "le", "logistic", "lt", "max",
-    "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "rsqrt",
-    "select_n", "sign", "square", "sub", "tanh"))
-# Calls of functions, by the parameter that has the function.
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-
-
-def _with_slope(f: Activation) -> core.ClosedJaxpr:
-  """From a piece x to f(x) and f'(x)."""
-  def both(x):
-    return jax.jvp(f, (x,), (jnp.ones_like(x),))
-
-  return jax.make_jaxpr(both)(
-      jax.ShapeDtypeStruct((_WARPS, _LINE), jnp.float32))
-
-
-def _inner(equation) -> core.ClosedJaxpr | None:
-  """The function that a call calls; None: not a call."""
-  name = equation.primitive.name
-  return equation.params[_CALLS[name]] if name in _CALLS else None
-
-
-def _names(jaxpr: core.ClosedJaxpr) -> set[str]:
-  """The primitives that a function is made of."""
-  names = set()
-  for equation in jaxpr.jaxpr.eqns:
-    inner = _inner(equation)
-    names |= _names(inner) if inner else {equation.primitive.name}
-  return names
-
-
-def _evaluate(jaxpr: core.ClosedJaxpr, *arguments) -> list[jax.Array]:
-  """Calls a function as kernels can: its calls inlined, its sums plain.
-
-  Kernels have neither JAX's addition of gradients nor, in most versions,
-  functions with derivatives of their own.
-  """
-  values = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts))
-  values |= zip(jaxpr.jaxpr.invars, arguments)
-
-  def read(x):
-    return x.val if isinstance(x, core.Literal) else values[x]
-
-  for equation in jaxpr.jaxpr.eqns:
-    inputs, inner = [read(x) for x in equation.invars], _inner(equation)
-    if inner:
-      outputs = _evaluate(inner, *inputs)
-    elif equation.primitive.name == "add_any":
-      outputs = [lax.add(*inputs)]
-    else:
-      outputs = equation.primitive.bind(*inputs, **equation.params)
-      outputs = outputs if equation.primitive.multiple_results else [outputs]
-    values |= zip(equation.outvars, outputs)
-  return [read(x) for x in jaxpr.jaxpr.outvars]
-
 
 def unsupported(score_NxF: jax.Array, up_NxF: jax.Array | None,
                 activation: Activation, up_activation: Activation
@@ -110,11 +52,8 @@ def unsupported(score_NxF: jax.Array, up_NxF: jax.Array | None,
   if neurons % piece or neurons > _MAX_NEURONS:
     return (f"needs F to be a multiple of {piece} up to {_MAX_NEURONS}, "
             f"not {neurons}")
-  for f in (activation, up_activation):
-    missing = _names(_with_slope(f)) - _PRIMITIVES - {"add_any"}
-    if missing:
-      return f"has no {', '.join(sorted(missing))}"
-  return None
+  return gpu_functions.unsupported(with_slope(activation),
+                                   with_slope(up_activation))
 
 
 class _Block:
@@ -218,7 +157,8 @@ def _forward_row(rule: Rule, gmems, h_gmem, mean_gmem, std_gmem, count_gmems,
   score_smem = smems[0]
   block = _Block(score_smem.shape[0], _FORWARD_THREADS)
   count = score_smem.shape[0] * _LINE
-  gate, branch = (_with_slope(f) for f in (rule.activation, rule.up_activation))
+  gate, branch = (inlined(with_slope(f), _LAYOUT)
+                  for f in (rule.activation, rule.up_activation))
   block.fetch(gmems, smems, fetched)
   plgpu.barrier_wait(fetched.at[0])
   mean = block.add(lambda lines: _load(score_smem, lines), sums_smem.at[0],
@@ -241,10 +181,10 @@ def _forward_row(rule: Rule, gmems, h_gmem, mean_gmem, std_gmem, count_gmems,
 
   def write(lines, counts):
     active, nonzero = counts
-    h = _evaluate(gate, jnp.maximum(_load(score_smem, lines) - theta, 0.0))[0]
+    h = gate(jnp.maximum(_load(score_smem, lines) - theta, 0.0))[0]
     active += _not_0(h)
     if len(smems) > 1:
-      h *= _evaluate(branch, _load(smems[1], lines))[0]
+      h *= branch(_load(smems[1], lines))[0]
     smems[-1][lines] = h.astype(score_smem.dtype)
     return active, nonzero + _not_0(h)
 
@@ -278,7 +218,8 @@ def _backward_row(rule: Rule, gmems, mean_gmem, std_gmem, d_gmems, *, smems,
   d_h_smem, score_smem, *up_smem = smems
   block = _Block(score_smem.shape[0], _BACKWARD_THREADS)
   count = score_smem.shape[0] * _LINE
-  gate, branch = (_with_slope(f) for f in (rule.activation, rule.up_activation))
+  gate, branch = (inlined(with_slope(f), _LAYOUT)
+                  for f in (rule.activation, rule.up_activation))
   block.fetch(gmems, smems, fetched)
   mean, std = mean_gmem[block.row], std_gmem[block.row]
   theta = rule.theta(mean, std)
@@ -288,10 +229,10 @@ def _backward_row(rule: Rule, gmems, mean_gmem, std_gmem, d_gmems, *, smems,
   def passed(lines):
     """The score's gradient with theta fixed; replaces d_h. Up's replaces up."""
     d_h, over = _load(d_h_smem, lines), _load(score_smem, lines) - theta
-    y, slope = _evaluate(gate, jnp.maximum(over, 0.0))
+    y, slope = gate(jnp.maximum(over, 0.0))
     p = jnp.where(over > 0.0, d_h * slope, 0.0)
     if up_smem:
-      u, up_slope = _evaluate(branch, _load(up_smem[0], lines))
+      u, up_slope = branch(_load(up_smem[0], lines))
       up_smem[0][lines] = (d_h * y * up_slope).astype(score_smem.dtype)
       p *= u
     d_h_smem[lines] = p.astype(score_smem.dtype)

@@ -17,7 +17,7 @@ from sparse_lm.decoding.layers import NeuronMajorFFN, can_skip
 from sparse_lm.decoding.samplers import Sampler
 from sparse_lm.errors import UserError
 from sparse_lm.kernels.devices import unserved
-from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS, unsupported
+from sparse_lm.kernels.sparse_ffn import IMPLEMENTATIONS
 from sparse_lm.model import activity
 from sparse_lm.model.transformer import Statistics, model_graph, unstack
 
@@ -101,7 +101,7 @@ class Decoder:
                          static_argnums=7, donate_argnums=1)
     self._advance = jax.jit(
         functools.partial(self._steps, self._graph, measure, self._count),
-        static_argnums=6, donate_argnums=1)
+        static_argnums=7, donate_argnums=1)
 
   def _choose_ffns(self, batch: int) -> list[str]:
     """What each layer does with one token a row.
@@ -114,7 +114,7 @@ class Decoder:
     for block in nnx.merge(self._graph, self._params).blocks:
       ffn = block.ffn
       name = ffn.chosen(x_BxD) if isinstance(ffn, NeuronMajorFFN) else None
-      reason = name and unsupported(name, x_BxD, *ffn.matrices())
+      reason = name and ffn.unsupported(name, x_BxD)
       if reason:
         raise UserError(f"--ffn_implementation={name}: {reason}")
       names.append(name or "dense")
@@ -156,8 +156,8 @@ class Decoder:
 
   @classmethod
   def _steps(cls, graph, measure, count, params, carry, token_B, start_B, key,
-             draw, sampler):
-    """Draws `count` tokens a row, each fed with the next.
+             draw, wanted, sampler):
+    """Draws `count` tokens a row, feeding each to draw the next.
 
     Args:
       graph: as for `_step`, like what is not named here.
@@ -169,6 +169,7 @@ class Decoder:
       start_B: its position.
       key: of all draws.
       draw: which draw the first one is.
+      wanted: how many of them statistics are to count.
       sampler: static.
 
     Returns:
@@ -176,10 +177,12 @@ class Decoder:
     """
     def body(state, i):
       token_B, carry = state
-      state = cls._step(graph, measure, params, carry, token_B[:, None],
-                        start_B + i, jnp.zeros_like(start_B), key, draw + i,
-                        sampler)
-      return state, state[0]
+      token_B, (cache, sums) = cls._step(
+          graph, measure, params, carry, token_B[:, None], start_B + i,
+          jnp.zeros_like(start_B), key, draw + i, sampler)
+      sums = jax.tree.map(lambda new, old: jnp.where(i < wanted, new, old),
+                          sums, carry[1])
+      return (token_B, (cache, sums)), token_B
 
     (token_B, carry), tokens_TxB = jax.lax.scan(body, (token_B, carry),
                                                 jnp.arange(count))
@@ -231,10 +234,19 @@ class Decoder:
     Rows may differ in length. A row that has drawn `stop_id` goes on yielding
     it. The context's end ends the generation too. At the end
     `self.statistics` holds the sparsity of the tokens decoded one by one after
-    the prompt.
+    the prompt; a row that has stopped counts until all have, and then to the
+    end of what has been started.
+
+    Args:
+      prompts: a row each, as tokens.
+      max_new_tokens: the most to draw for each.
+      sampler: how to draw.
+      key: of all draws.
+      stop_id: the token that ends a row; None: none does.
 
     Raises:
-      UserError: on an empty prompt or one that the context cannot hold.
+      UserError: on an empty prompt, one that the context cannot hold, no token
+        to draw, or a kernel that cannot serve so many rows.
     """
     self._check(prompts, max_new_tokens)
     lengths_B = np.array([len(p) for p in prompts], np.int32)
@@ -259,7 +271,7 @@ class Decoder:
       if first < steps:  # Runs while the caller handles what is ready.
         token_B, carry, newest_TxB = self._advance(
             self._params, carry, token_B, lengths_B + first - 1, key,
-            np.int32(first), sampler)
+            np.int32(first), np.int32(steps - first), sampler)
       for drawn_B in np.asarray(ready_TxB)[:steps - done]:
         if stop_id is not None:
           drawn_B = np.where(stopped_B, stop_id, drawn_B)
@@ -271,10 +283,14 @@ class Decoder:
     self.statistics = carry[1]
 
   def sparsity(self) -> dict[str, float]:
-    """Of the newest `generate`: means over the tokens decoded one by one."""
-    if self.statistics is None:
-      return {}
+    """Of the newest `generate`: means over the tokens decoded one by one.
+
+    Empty where there are none: before its end, without `measure`, and where
+    one token a row was drawn, since the prompt alone was fed then.
+    """
     stats = jax.device_get(self.statistics)
+    if stats is None or not stats.tokens:
+      return {}
     active = stats.sums["active_neurons"] / self.config.ffn.num_neurons
     return {
         "active_fraction": float(active.mean() / stats.tokens),

@@ -8,7 +8,7 @@ from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.sparse_ffn import (Elementwise, Select,
                                           StatisticalTopk,
                                           add_norm_and_sparse_ffn, choose,
-                                          layout, sparse_ffn)
+                                          layout, sparse_ffn, unsupported)
 from sparse_lm.model.activity import ActiveCount, Activity
 from sparse_lm.model.ffn import FFN, apply_sparsifier
 from sparse_lm.model.layers import RMSNorm, project
@@ -44,7 +44,8 @@ def make_select(ffn: FFN, sparse: bool) -> Select:
       and k < neurons):
     return StatisticalTopk(float(quantile(k, neurons)), ffn.activation,
                            config.bessel)
-  return lambda score_BxF: ffn.activation(apply_sparsifier(score_BxF, config))
+  activation = ffn.activation  # Not all of the layer, which has parameters.
+  return lambda score_BxF: activation(apply_sparsifier(score_BxF, config))
 
 
 class NeuronMajorFFN(FFN):
@@ -92,8 +93,15 @@ class NeuronMajorFFN(FFN):
 
   def chosen(self, x_BxD: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """The kernel for one token a row; None: every neuron is computed."""
-    return self.implementation or choose(jax.devices()[0], x_BxD,
-                                         *self.matrices())
+    return self.implementation or choose(
+        jax.devices()[0], x_BxD, *self.matrices(), self.select,
+        self.up_activation)
+
+  def unsupported(self, implementation: str,
+                  x_BxD: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+    """Why a kernel cannot compute it for one token a row, None where it can."""
+    return unsupported(implementation, x_BxD, *self.matrices(), self.select,
+                       self.up_activation)
 
   def skips(self, x_BxLxD: jax.Array) -> bool:
     """Whether a kernel computes it: one token a row."""

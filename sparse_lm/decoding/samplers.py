@@ -1,12 +1,17 @@
 """Ways to choose the next token: small objects, called inside jit."""
 
 import dataclasses
+import math
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from sparse_lm.errors import UserError
+
+
+# The least temperature: float32 holds logits divided by it.
+_LEAST = 1e-6
 
 
 class Sampler(Protocol):
@@ -62,8 +67,9 @@ class Random:
 def make_sampler(temperature: float, top_k: int = 0,
                  top_p: float = 1.0) -> Sampler:
   """Greedy at temperature 0, else `Random`; `UserError` on a bad value."""
-  if temperature < 0:
-    raise UserError(f"--temperature={temperature}: must not be negative")
+  if not (temperature == 0 or _LEAST <= temperature < math.inf):
+    raise UserError(f"--temperature={temperature}: must be 0, or a number of "
+                    f"{_LEAST} or more")
   if top_k < 0:
     raise UserError(f"--top_k={top_k}: must not be negative")
   if not 0 < top_p <= 1:

@@ -18,44 +18,41 @@ from sparse_lm.decoding import torch_baseline
 from sparse_lm.decoding.decoder import Decoder
 from sparse_lm.decoding.layers import NeuronMajorFFN, make_select
 from sparse_lm.decoding.samplers import Greedy
-from sparse_lm.kernels.sparse_ffn import choose
+from sparse_lm.errors import UserError
 from sparse_lm.model import Transformer
 from sparse_lm.model.activity import DECODING
+from sparse_lm.model.attention import layer_windows
 from sparse_lm.model.ffn import FFN
 from sparse_lm.model.transformer import compute_dtype
 
 Result = dict[str, Any]
+Log = Callable[[str], None]
 _PASSES = 4  # through all layers, in a program that times them
 
 
-def seconds(run: Callable[[], Any], repeats: int = 7,
-            wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
-  """Median time of a call, after one to warm up.
+def _seconds(run: Callable[[], Any]) -> float:
+  """Median time of a call, which may return before its work is done.
 
-  Args:
-    run: the call; it may return before its work is done.
-    repeats: laps, each of as many calls as fill 50 ms.
-    wait: for what a call has returned.
+  After one to warm up, of seven laps of as many calls as fill 50 ms.
   """
   def lap(calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
       result = run()
-    wait(result)
+    jax.block_until_ready(result)
     return (time.perf_counter() - start) / calls
 
   lap(1)
   calls = max(1, round(0.05 / lap(1)))
-  return statistics.median(lap(calls) for _ in range(repeats))
+  return statistics.median(lap(calls) for _ in range(7))
 
 
-def read_bandwidth(size: int | None = None) -> float:
+def read_bandwidth() -> float:
   """Bytes a second at which the device reads a large array to add it up."""
-  if size is None:
-    size = 2**28 if jax.default_backend() == "cpu" else 2**32
+  size = 2**28 if jax.default_backend() == "cpu" else 2**32
   x = jnp.ones(size // 4, jnp.float32)
   total = jax.jit(jnp.sum)
-  return size / seconds(lambda: total(x))
+  return size / _seconds(lambda: total(x))
 
 
 def _device() -> str:
@@ -89,7 +86,7 @@ def _inputs(batch: int, model_dim: int, dtype, scores: np.ndarray | None
 
 def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
             scores: np.ndarray | None = None):
-  """Jitted passes through `count` layers, and their parameters.
+  """Jitted passes through `count` layers, their parameters, and the first.
 
   Args:
     config: of a layer.
@@ -97,15 +94,18 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
     count: of layers.
     skip: inactive neurons, where that is faster.
     dtype: of the parameters.
-    scores: (N, T, F), columns of the layers' gates; None: of N(0, 1 / R).
+    scores: (N, T, F), columns of the layers' gates, whose others are then 0;
+      None: of N(0, 1 / R).
   """
   graphs, states = [], []
   for seed in range(count):
     ffn = FFN(config, LinearInputsConfig(), model_dim, nnx.Rngs(seed))
     if scores is not None:
       columns = scores[seed % len(scores)]
-      ffn.gate_DxF[...] = ffn.gate_DxF[...].at[:len(columns)].set(columns)
-    graph, state = nnx.split(NeuronMajorFFN(ffn, True, None) if skip else ffn)
+      gate_DxF = jnp.zeros_like(ffn.gate_DxF[...])
+      ffn.gate_DxF[...] = gate_DxF.at[:len(columns)].set(columns)
+    ffn = NeuronMajorFFN(ffn, True, None) if skip else ffn
+    graph, state = nnx.split(ffn)
     graphs.append(graph)
     states.append(jax.tree.map(lambda x: x.astype(dtype), state))
 
@@ -134,32 +134,24 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
         0, _PASSES, lambda _, carry: one_pass(states, carry[0])[0],
         (x_Bx1xD, [x_Bx1xD] * count))
 
-  return run, jax.jit(one_pass), states
-
-
-def _kernel(config: FFNConfig, model_dim: int, batch: int,
-            dtype: jnp.dtype) -> str:
-  """What computes a layer: "dense", or a kernel."""
-  gate_dim, up_dim = config.input_dims(model_dim)
-  x, gate, up, down = (
-      jax.ShapeDtypeStruct((rows, columns), dtype) for rows, columns in (
-          (batch, model_dim), (config.num_neurons, gate_dim),
-          (config.num_neurons, up_dim), (config.num_neurons, model_dim)))
-  return choose(jax.devices()[0], x, gate, up, down) or "dense"
+  return run, jax.jit(one_pass), states, nnx.merge(graphs[0], states[0])
 
 
 def _time_layers(config: FFNConfig, model_dim: int, num_layers: int, skip: bool,
-                 dtype: jnp.dtype, tokens: Sequence[int],
+                 dtype: jnp.dtype, tokens: Sequence[int], log: Log,
                  scores: np.ndarray | None = None) -> list[Result]:
-  """Microseconds a layer and active neurons a token, by tokens."""
-  run, one_pass, states = _layers(config, model_dim, num_layers, skip, dtype,
-                                  scores)
+  """Microseconds a layer, active neurons a token and the kernel, by tokens."""
+  run, one_pass, states, layer = _layers(config, model_dim, num_layers, skip,
+                                         dtype, scores)
   rows = []
   for batch in tokens:
     x = _inputs(batch, model_dim, dtype, scores)
-    us = 1e6 * seconds(lambda: run(states, x)) / (_PASSES * num_layers)
+    us = 1e6 * _seconds(lambda: run(states, x)) / (_PASSES * num_layers)
     active = jax.device_get(one_pass(states, x)[1])
-    rows.append(dict(us=us, active=float(np.mean(active)) / batch))
+    kernel = skip and layer.chosen(x[:, 0]) or "dense"
+    log(f"{config.shape} layer, {batch} token(s), {kernel}: {us:.1f} us")
+    rows.append(dict(us=us, active=float(np.mean(active)) / batch,
+                     kernel=kernel))
   return rows
 
 
@@ -181,7 +173,7 @@ def _union(config: FFNConfig, model_dim: int, scores: np.ndarray) -> float:
   return float(active_NxTxF.any(1).mean())
 
 
-def time_ffn(suite: str, num_layers: int, tokens: Sequence[int],
+def time_ffn(suite: str, num_layers: int, tokens: Sequence[int], log: Log,
              scores: np.ndarray | None = None) -> Result:
   """A sparse feed-forward layer against the dense one of equal parameters.
 
@@ -189,22 +181,30 @@ def time_ffn(suite: str, num_layers: int, tokens: Sequence[int],
     suite: "ffn", Spark's at 8%; or "relu_ffn", gated, no predictor, at 1%.
     num_layers: distinct ones, one after another in a program.
     tokens: how many at a time, row by row.
+    log: is told what has been timed.
     scores: (N, T, F) of a trained model's layers, which say which neurons are
       active; None: weights are random.
+
+  Raises:
+    UserError: on more tokens than a predictor with such scores can tell apart.
   """
   sparse, dense, model_dim = _pair(suite)
   dtype = compute_dtype(spark_2b.get_config().model)
   bandwidth = read_bandwidth()
   if scores is not None:
-    scores = _tiled(scores, sparse.num_neurons)
+    width, _ = sparse.input_dims(model_dim)
+    if max(tokens) > width:
+      raise UserError(f"--tokens={max(tokens)}: with --scores at most {width}")
+    scores = _tiled(scores[:, :max(tokens)], sparse.num_neurons)
   timed = dict(
-      dense=_time_layers(dense, model_dim, num_layers, False, dtype, tokens),
+      dense=_time_layers(dense, model_dim, num_layers, False, dtype, tokens,
+                         log),
       sparse=_time_layers(sparse, model_dim, num_layers, True, dtype, tokens,
-                          scores))
+                          log, scores))
   rows = []
   for i, batch in enumerate(tokens):
     torch_us = torch_baseline.dense_ffn_microseconds(
-        model_dim, dense.num_neurons, num_layers, batch)
+        model_dim, dense.num_neurons, num_layers, batch, dtype.name, log)
     active = timed["sparse"][i]["active"] / sparse.num_neurons
     if scores is None:  # The tokens are independent.
       union = 1 - (1 - active) ** batch
@@ -220,7 +220,7 @@ def time_ffn(suite: str, num_layers: int, tokens: Sequence[int],
     best = min(row["dense_us"], torch_us or math.inf)
     rows.append(row | dict(
         sparse_us=timed["sparse"][i]["us"],
-        kernel=_kernel(sparse, model_dim, batch, dtype),
+        kernel=timed["sparse"][i]["kernel"],
         active_fraction=active, union_fraction=union,
         dense_limit_us=limits["dense"],
         sparse_limit_us=limits["sparse"],
@@ -235,22 +235,23 @@ def time_ffn(suite: str, num_layers: int, tokens: Sequence[int],
 
 def _decode_bytes(model: ModelConfig, prompt: int, itemsize: int) -> float:
   """Weights and cache that one token's step reads."""
-  a, n = model.attention, model.num_layers
+  a = model.attention
   projections = model.model_dim * a.head_dim * (
       2 * a.num_query_heads + 2 * a.num_kv_heads)
   ffn = _ffn_bytes(model.ffn, model.model_dim, model.ffn.num_active, itemsize)
-  cache = 2 * a.head_dim * prompt
-  if a.shape == "spark":
-    group = a.num_query_heads // a.num_kv_heads
-    kept = min(prompt, group * a.top_k)  # were no two queries to share a key
-    cache = a.predictor_dim * prompt + (2 * a.head_dim - a.predictor_dim) * kept
-  cache *= a.num_kv_heads
-  return n * (ffn + itemsize * (projections + cache)) + (
-      itemsize * model.vocab_size * model.model_dim)
+  group, cache = a.num_query_heads // a.num_kv_heads, 0
+  for window in layer_windows(a, model.num_layers):
+    seen = kept = min(prompt, window)
+    if a.shape == "spark":  # Were no two queries to share a key.
+      kept = min(seen, group * a.top_k)
+    cache += a.num_kv_heads * (
+        a.predictor_dim * seen + (2 * a.head_dim - a.predictor_dim) * kept)
+  return model.num_layers * (ffn + itemsize * projections) + itemsize * (
+      cache + model.vocab_size * model.model_dim)
 
 
-def _time_model(model: ModelConfig, prompts: Sequence[int], steps: int,
-                repeats: int = 5) -> dict[int, float]:
+def _time_model(model: ModelConfig, prompts: Sequence[int], steps: int
+                ) -> dict[int, float]:
   """Median seconds a token, one at a time, for each prompt's length."""
   params = nnx.to_pure_dict(nnx.state(
       jax.jit(lambda: Transformer(model, nnx.Rngs(0)))()))
@@ -268,14 +269,20 @@ def _time_model(model: ModelConfig, prompts: Sequence[int], steps: int,
 
   # The first round compiles. In turn, so that what slows the machine for a
   # while does not slow one length alone.
-  _, *rounds = [[lap(prompt) for prompt in prompts]
-                for _ in range(repeats + 1)]
+  _, *rounds = [[lap(prompt) for prompt in prompts] for _ in range(6)]
   return dict(zip(prompts, map(statistics.median, zip(*rounds))))
 
 
-def time_decode(num_layers: int, prompts: Sequence[int],
+def time_decode(num_layers: int, prompts: Sequence[int], log: Log,
                 steps: int = 24) -> Result:
-  """Whole models, batch 1, token by token after prompts of some lengths."""
+  """Whole models, batch 1, token by token after prompts of some lengths.
+
+  Args:
+    num_layers: of each model.
+    prompts: how many tokens.
+    log: is told what has been timed.
+    steps: tokens of a lap.
+  """
   length = max(prompts) + steps + 2
   pair = {name: dataclasses.replace(
       module.get_config().model, num_layers=num_layers, context_length=length,
@@ -283,8 +290,11 @@ def time_decode(num_layers: int, prompts: Sequence[int],
                                     query_chunk=0))
           for name, module in (("dense", gemma2_2b), ("spark", spark_2b))}
   dtype, bandwidth = compute_dtype(pair["spark"]), read_bandwidth()
-  laps = {name: _time_model(model, prompts, steps)
-          for name, model in pair.items()}
+  laps = {}
+  for name, model in pair.items():
+    laps[name] = _time_model(model, prompts, steps)
+    for prompt, lap in laps[name].items():
+      log(f"{name} model, {prompt} tokens: {1e3 * lap:.2f} ms a token")
   rows = []
   for prompt in prompts:
     row = dict(prompt=prompt)

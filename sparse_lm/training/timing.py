@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import AttentionConfig
+from sparse_lm.kernels.devices import is_hopper
 from sparse_lm.kernels.gaussian import quantile
 from sparse_lm.kernels.spark_attention import choose as choose_attention
 from sparse_lm.kernels.spark_attention import spark_attention
@@ -90,7 +91,9 @@ def _attentions(config: AttentionConfig, length: int,
         softcap=config.logit_softcap, **options)[0]
 
   forms = {"dense": functools.partial(dense, implementation="xla")}
-  if jax.default_backend() == "gpu":
+  # JAX refuses wider heads than 128 on GPUs before Hopper.
+  if jax.default_backend() == "gpu" and (
+      config.head_dim <= 128 or is_hopper(jax.devices()[0])):
     forms["dense_cudnn"] = functools.partial(dense, implementation="cudnn")
   forms["spark_materialised"] = materialised
   for q, k in blocks:

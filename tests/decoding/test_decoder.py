@@ -204,6 +204,19 @@ def test_generation_ends():
   np.testing.assert_array_equal(stopped[:, 0], free[:first + 1, 0])
 
 
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("steps", [1, 2, 7, 10])
+def test_what_is_counted_is_what_was_asked_for(monkeypatch, count, steps):
+  """But for the first token, which is drawn when the prompt is fed."""
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "default_backend", lambda: "cpu" if count == 1 else "gpu")
+    decoder, _ = make(CONFIG)
+  run(decoder, PROMPTS, steps)
+  assert decoder.statistics.tokens == 3 * (steps - 1)
+  sparsity = decoder.sparsity()
+  assert not sparsity if steps == 1 else 0 < sparsity["active_fraction"] < 1
+
+
 def test_sparsity_of_what_was_decoded():
   decoder, _ = make(CONFIG)
   run(decoder, PROMPTS, 20)
@@ -256,7 +269,9 @@ def test_greedy():
 
 
 @pytest.mark.parametrize("values, message", [
-    ((-1.0,), "--temperature"), ((1.0, -1), "--top_k"),
+    ((-1.0,), "--temperature"), ((float("nan"),), "--temperature=nan: must be"),
+    ((float("inf"),), "--temperature"), ((1e-40,), "must be 0, or a number of"),
+    ((1.0, -1), "--top_k"),
     ((1.0, 0, 0.0), "--top_p"), ((1.0, 0, 1.5), "--top_p"),
 ])
 def test_bad_sampling_values(values, message):

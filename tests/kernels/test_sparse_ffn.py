@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.kernels.sparse_ffn import StatisticalTopk, choose, sparse_ffn
+from sparse_lm.config import ACTIVATIONS
+from sparse_lm.kernels.sparse_ffn import (Elementwise, StatisticalTopk, choose,
+                                          sparse_ffn)
+from sparse_lm.model.activations import make_activation
 
 R, U, F, D = 6, 10, 48, 16  # of Spark: R + U = D
 IMPLEMENTATIONS = ["xla", "reference"]  # those of a CPU
@@ -175,11 +178,35 @@ def test_the_choice_is_by_device_and_shape(platform, capability, arrays,
   device = types.SimpleNamespace(platform=platform)
   if capability:
     device.compute_capability = capability
-  assert choose(device, *arrays) == expected
+  assert choose(device, *arrays, select=jax.nn.relu) == expected
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "linear"])
+def test_the_choice_is_by_activation(name):
+  """What is chosen lowers; "gelu" is made of what GPU kernels have not."""
+  activation = make_activation(name, 0.5)
+  device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+  for select, up in ((Elementwise(activation), jax.nn.relu),
+                     (StatisticalTopk(1.0, jax.nn.relu), activation)):
+    for batch in (1, 2, 9):
+      options = dict(select=select, up_activation=up)
+      name_of_kernel = choose(device, *shapes(batch), **options)
+      assert name_of_kernel == (None if name == "gelu" else "pallas_gpu")
+      run = jax.jit(functools.partial(sparse_ffn, **options,
+                                      implementation="pallas_gpu"))
+      if name == "gelu":
+        with pytest.raises(ValueError, match="'pallas_gpu': has no .*erf"):
+          run.trace(*shapes(batch))
+      else:
+        run.trace(*shapes(batch)).lower(lowering_platforms=("cuda",))
+  # A rule of whole rows is XLA's work, and may be anything.
+  assert choose(device, *shapes(1), jnp.sort) == "pallas_gpu"
 
 
 @pytest.mark.parametrize("arrays, message", [
     (shapes(1, jnp.float32), "needs bfloat16, not float32"),
+    ([*shapes(1)[:3], *shapes(1, jnp.float32)[3:]],
+     "needs bfloat16, not bfloat16 and float32"),
     (shapes(65), "serves 1 to 64 tokens, not 65"),
     (shapes(1, columns=1000), "needs R to be a multiple of 256, not 1000"),
     ([jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (

@@ -125,7 +125,7 @@ def make_norm():
 def test_with_the_norm_before_it(shape, select):
   x, *rest = make(shape, tokens=1)
   norm = make_norm()
-  assert gpu.takes_in_add_norm(x, select)
+  assert gpu.takes_in_add_norm(x, rest[0], select)
   total, y, active = interpret(add_norm_and_sparse_ffn, x, *norm, *rest,
                                epsilon=1e-6, select=select)
   expected, normed = add_norm.add_norm(x, *norm, 1e-6)
@@ -309,11 +309,25 @@ def test_lowers_at_the_shapes_of_large_models(tokens, width, columns, select):
   rest = width if columns == width else width - columns
   arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (
       (tokens, width), (13824, columns), (13824, rest), (13824, width))]
-  assert not unsupported("pallas_gpu", *arrays)
+  assert not unsupported("pallas_gpu", *arrays, select)
   lowered = jax.jit(functools.partial(
       sparse_ffn, select=select, implementation="pallas_gpu")).trace(
           *arrays).lower(lowering_platforms=("cuda",))
   assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_a_norm_is_taken_in_where_it_fits():
+  """Rows of 8,192 numbers do not, beside the gate's; nothing fails."""
+  token = jax.ShapeDtypeStruct((1, 8192), jnp.bfloat16)
+  scale = jax.ShapeDtypeStruct((8192,), jnp.float32)
+  gate = down = jax.ShapeDtypeStruct((4096, 8192), jnp.bfloat16)
+  assert not gpu.takes_in_add_norm(token, gate, TOPK)
+  lowered = jax.jit(functools.partial(
+      add_norm_and_sparse_ffn, epsilon=1e-6, select=TOPK, up_FxU=None,
+      implementation="pallas_gpu")).trace(
+          token, token, scale, scale, gate, down_FxD=down).lower(
+              lowering_platforms=("cuda",))
+  assert lowered.as_text().count("@mosaic_gpu") == 3
 
 
 @pytest.mark.parametrize("width", [2304, 4096])
@@ -323,7 +337,7 @@ def test_lowers_with_the_norm_before_it(width):
   columns = (1024, 1280) if width == 2304 else (width, width)
   rest = [jax.ShapeDtypeStruct((13824, n), jnp.bfloat16)
           for n in (*columns, width)]
-  assert not gpu.takes_in_add_norm(token, Elementwise(jax.nn.relu))
+  assert not gpu.takes_in_add_norm(token, rest[0], Elementwise(jax.nn.relu))
   lowered = jax.jit(functools.partial(
       add_norm_and_sparse_ffn, epsilon=1e-6, select=TOPK,
       implementation="pallas_gpu")).trace(

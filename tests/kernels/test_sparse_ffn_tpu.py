@@ -214,9 +214,11 @@ def test_what_the_kernel_cannot_take_is_refused(dtype, change, message):
 
 def test_matrices_of_two_types_are_refused():
   x, gate, up, down = make(64)
-  assert tpu.unsupported(x, gate, up, down) is None
-  assert tpu.unsupported(x, gate, None, tpu.layout(down)) is None
-  assert "float32" in tpu.unsupported(x, gate, up, down.astype(jnp.bfloat16))
+  rest = jax.nn.relu, identity
+  assert tpu.unsupported(x, gate, up, down, *rest) is None
+  assert tpu.unsupported(x, gate, None, tpu.layout(down), *rest) is None
+  assert "float32" in tpu.unsupported(x, gate, up, down.astype(jnp.bfloat16),
+                                      *rest)
 
 
 SCRIPT = r"""
