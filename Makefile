@@ -33,8 +33,10 @@ gpu-test: gpu-install
 gpu-benchmark: gpu-install
 	for suite in ffn relu_ffn; do \
 	  $(GPU_PYTHON) -m sparse_lm.benchmark --suite=$$suite --layers=26 || exit 1; done
-	for suite in topk_training attention_training decode; do \
+	for suite in topk_training attention_training; do \
 	  $(GPU_PYTHON) -m sparse_lm.benchmark --suite=$$suite || exit 1; done
+	$(GPU_PYTHON) -m sparse_lm.benchmark --suite=decode --layers=26 \
+	  --prompts=256,1024,4096
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: sparse-lm needs Python 3.11 or newer; try: make PYTHON=python3.12")'

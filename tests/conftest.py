@@ -38,11 +38,8 @@ def gpu_instructions():
   if jax.__version_info__ < (0, 12):  # It has no clusters.
     yield
     return
-  path = pathlib.Path(__file__).with_name("gpu_instructions.py")
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  with module.interpreted():
+  import gpu_instructions as instructions  # pylint: disable=g-import-not-at-top
+  with instructions.interpreted():
     yield
 
 

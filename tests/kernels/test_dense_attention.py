@@ -25,12 +25,12 @@ LENGTHS, SLOTS, HEADS, GROUP = (128, 1, 70), 128, 2, 3
 EVERYTHING, E = 2**30, 256
 
 
-def make(lengths=LENGTHS, slots=SLOTS, heads=HEADS, group=GROUP):
+def make(lengths=LENGTHS, slots=SLOTS, heads=HEADS, group=GROUP, width=E):
   """A token's rows, their rotary table, a cache, and its lengths."""
   rng = np.random.default_rng(0)
-  b, n = len(lengths), E // 2
+  b, n = len(lengths), width // 2
   rows, key, value = (jnp.array(rng.normal(size=s), jnp.bfloat16) for s in (
-      (b, heads * (group + 2), E), (b, heads, slots, E), (b, heads, slots, E)))
+      (b, heads * (group + 2), width), *[(b, heads, slots, width)] * 2))
   angle = (np.array(lengths)[:, None] - 1) * 100.0 ** (-np.arange(n) / n)
   rotary = jnp.array(np.stack([np.cos(angle), np.sin(angle)], 1), jnp.float32)
   return [rows, rotary, key, value, jnp.array(lengths, jnp.int32)]
@@ -58,9 +58,9 @@ def formula(arrays, window, logit_softcap):
   cos, sin = (rotary[:, i, None] for i in (0, 1))
   turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
   turned = np.array(jnp.asarray(turned, jnp.bfloat16), np.float64)
-  heads = key.shape[1]
+  _, heads, _, width = key.shape
   group = rows.shape[1] // heads - 2
-  y = np.zeros((len(rows), heads, group, E))
+  y = np.zeros((len(rows), heads, group, width))
   for b, k in np.ndindex(len(rows), heads):
     length = int(arrays[4][b])
     if length <= key.shape[2]:
@@ -68,7 +68,7 @@ def formula(arrays, window, logit_softcap):
       value[b, k, length - 1] = rows[b, heads * (group + 1) + k]
     seen = slice(max(0, length - window), length)
     for g in range(group):
-      scores = key[b, k, seen] @ turned[b, k * group + g] / np.sqrt(E)
+      scores = key[b, k, seen] @ turned[b, k * group + g] / np.sqrt(width)
       if logit_softcap:
         scores = logit_softcap * np.tanh(scores / logit_softcap)
       weights = np.exp(scores - scores.max())
@@ -85,8 +85,8 @@ def cluster(request, monkeypatch):
   gpu._call.clear_cache()
 
 
-def check_formula(window, logit_softcap, implementation):
-  arrays = make()
+def check_formula(window, logit_softcap, implementation, **shape):
+  arrays = make(**shape)
   # Logits of one row's far beyond what exp takes.
   arrays[0] = arrays[0].at[0, 0].multiply(200.0)
   y, caches = run(arrays, window, logit_softcap, implementation)
@@ -113,6 +113,13 @@ def test_reference_against_the_formula(window, logit_softcap):
 def test_kernel_against_the_formula(capfd, window, logit_softcap):
   check_formula(window, logit_softcap, "pallas_gpu")
   assert "RACE" not in "".join(capfd.readouterr())
+
+
+@interpreted
+@pytest.mark.parametrize("group", [1, 5, 8])
+def test_narrow_heads_and_other_groups(group):
+  check_formula(40, 2.0, "pallas_gpu", lengths=(70,), slots=96, heads=1,
+                group=group, width=128)
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
