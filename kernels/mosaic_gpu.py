@@ -199,35 +199,38 @@ def wait_for_rows(meanwhile: Callable[[], None]) -> None:
 
 
 def discard(ref, first, shape: tuple[int, int], columns: int) -> None:
-  """Discards float32 numbers from the L2 cache, which holds lines of 32.
+  """Discards numbers from the L2 cache, which holds lines of 128 bytes.
 
   What lay there is not written to memory: it may hold anything from then on.
   The warpgroup's threads must have read what they need, and have met.
 
   Args:
     ref: in global memory, from its first row on.
-    first: of each row's lines, traced.
-    shape: how many rows, and lines of each; the latter a power of two.
-    columns: of each row, a multiple of 32.
+    first: the first column, traced; where a line begins, as every row does.
+    shape: how many rows, and columns of each: lines by a power of two.
+    columns: that each row has.
   """
+  size = jnp.dtype(ref.dtype).itemsize
+
   @plgpu.inline_mgpu(arg_types=(BY_THREAD, plgpu.RefType()))
   def line_discard(_, start_T, ref):
     address = llvm.ptrtoint(ir.IntegerType.get_signless(64),
                             utils.memref_ptr(ref))
-    _run_ptx("""{
+    _run_ptx(f"""{{
       .reg .pred there;
       .reg .b64 address;
       setp.ge.s32 there, $0, 0;
-      mad.wide.s32 address, $0, 4, $1;
+      mad.wide.s32 address, $0, {size}, $1;
       @there discard.global.L2 [address], 128;
-    }""", "r,l,~{memory}", _register(start_T), address)
+    }}""", "r,l,~{memory}", _register(start_T), address)
 
-  rows, lines = shape
+  line = 128 // size
+  rows, lines = shape[0], shape[1] // line
   shift = lines.bit_length() - 1
   index_T = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=BY_THREAD)
   for _ in range(0, rows * lines, 128):
     start_T = (index_T >> shift) * columns + (
-        first + (index_T & (lines - 1))) * 32
+        first + (index_T & (lines - 1)) * line)
     line_discard(jnp.where(index_T < rows * lines, start_T, -1), ref)
     index_T += 128
 

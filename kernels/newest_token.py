@@ -61,9 +61,10 @@ def write_newest(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
   """
   b, kv_heads, _, e = value_BxKxSxE.shape
   splits = list(itertools.accumulate(key.shape[-1] for key in keys[:-1]))
-  turned_BxHxE, value_BxKxE = jnp.split(rows_BxRxE, [-kv_heads], 1)
-  turned_BxHxE = _turn(turned_BxHxE, rotary_Bx2xT, splits)
-  query_BxHxE, key_BxKxE = jnp.split(turned_BxHxE, [-kv_heads], 1)
+  heads = rows_BxRxE.shape[1] - 2 * kv_heads
+  turned_BxRxE = _turn(rows_BxRxE[:, :heads + kv_heads], rotary_Bx2xT, splits)
+  query_BxHxE, key_BxKxE = jnp.split(turned_BxRxE, [heads], 1)
+  value_BxKxE = rows_BxRxE[:, heads + kv_heads:]
   new = [*jnp.split(key_BxKxE, splits, -1), value_BxKxE]
   caches = [cache.at[jnp.arange(b), :, lengths_B - 1].set(x, mode="drop")
             for cache, x in zip([*keys, value_BxKxSxE], new)]

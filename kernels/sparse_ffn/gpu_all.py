@@ -193,7 +193,8 @@ def _threshold(select: StatisticalTopk, statistics, tiles: int, size: int):
 def _products(x_NxD, gate_FxR, up_FxU):
   """Scores and, if there is one, products of `up` (N, F); statistics.
 
-  Those are tiles' means and squared deviations (2, 64, t). All in float32.
+  Those are tiles' means and squared deviations (2, 64, t). All in float32 but
+  for the products of `up`, which nothing is compared with, in bfloat16.
   """
   (neurons, width), tokens = gate_FxR.shape, x_NxD.shape[0]
   size = _tile(neurons)
@@ -201,8 +202,9 @@ def _products(x_NxD, gate_FxR, up_FxU):
   weights = [x for x in (gate_FxR, up_FxU) if x is not None]
   ends = [sum(x.shape[1] for x in weights[:n]) // _CHUNK
           for n in range(len(weights) + 1)]
+  types = [(jnp.float32, _F32), (jnp.bfloat16, _BF16)][:len(weights)]
 
-  def write_products(x_gmem, *refs, y_smem, **smem):
+  def write_products(x_gmem, *refs, y_smems, **smem):
     gmems = refs[:len(weights)]
     *y_gmems, statistics_gmem = refs[len(weights):]
     tile = lax.axis_index("block")
@@ -225,17 +227,19 @@ def _products(x_NxD, gate_FxR, up_FxU):
     deviation = score - _across(mean, score.shape)
     for i, x in enumerate((mean, (deviation * deviation).sum(1))):
       mosaic_gpu.store(statistics_gmem.at[i, :, tile], x)
-    _send(score, y_smem, y_gmems[0].at[:, rows])
+    _send(score, y_smems[0], y_gmems[0].at[:, rows])
     for multiply in multiply_up:
-      _send(multiply(), y_smem, y_gmems[1].at[:, rows])
+      _send(multiply().astype(jnp.bfloat16), y_smems[1], y_gmems[1].at[:, rows])
 
-  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  statistics = jax.ShapeDtypeStruct(
+      (2, _ROWS, _PIECE * pl.cdiv(tiles, _PIECE)), jnp.float32)
   *products, statistics = _kernel(
       write_products,
-      [*[f32((tokens, neurons))] * len(weights),
-       f32((2, _ROWS, _PIECE * pl.cdiv(tiles, _PIECE)))], (tiles,),
-      y_smem=plgpu.SMEM((_ROWS, size), jnp.float32, transforms=_F32),
-      **_scratch(ends[-1], _CHUNK, (size, _CHUNK), 4 * _ROWS * size))(
+      [*(jax.ShapeDtypeStruct((tokens, neurons), dtype) for dtype, _ in types),
+       statistics], (tiles,),
+      y_smems=[plgpu.SMEM((_ROWS, size), dtype, transforms=transforms)
+               for dtype, transforms in types],
+      **_scratch(ends[-1], _CHUNK, (size, _CHUNK), 6 * _ROWS * size))(
           x_NxD, *weights)
   return products, statistics
 
@@ -270,12 +274,12 @@ def _hidden(select, up_activation, products, statistics):
     mosaic_gpu.store(count_gmem.at[rows, block],
                      jnp.where(hidden != 0.0, 1.0, 0.0).sum(1))
     for product in up:
-      hidden *= inlined(up_activation, _TOKENS)(product)
+      hidden *= inlined(up_activation, _TOKENS)(product.astype(jnp.float32))
     mosaic_gpu.store(hidden_gmem.at[where], hidden.astype(jnp.bfloat16))
     plgpu.commit_smem()  # All have read. What XLA has made is XLA's.
-    lines = columns // 32
     for gmem in product_gmems[select is None:]:
-      mosaic_gpu.discard(gmem.at[rows], block * lines, (_EIGHT, lines), neurons)
+      mosaic_gpu.discard(gmem.at[rows], block * columns, (_EIGHT, columns),
+                         neurons)
 
   out = (jax.ShapeDtypeStruct((tokens, neurons), jnp.bfloat16),
          jax.ShapeDtypeStruct((tokens, grid[0]), jnp.float32))

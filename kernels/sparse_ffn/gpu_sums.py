@@ -55,8 +55,7 @@ def _add_up(y_PxC, dtype):
                         optimized=False).sum(0))
     plgpu.commit_smem()
     plgpu.barrier_arrive(barrier)
-    lines = width // 32
-    mosaic_gpu.discard(y_gmem.at[part], block * lines, (rows // parts, lines),
+    mosaic_gpu.discard(y_gmem.at[part], block * width, (rows // parts, width),
                        columns)
 
     @pl.when(part == 0)

@@ -99,8 +99,8 @@ class _Rows:
 
 @gpu_callbacks.fail_on_exception
 def _discard_line(token, mesh_location, thread, first, key, transforms, *,
-                  shape):
-  lost = np.full(32, np.nan, np.float32)
+                  shape, dtype):
+  lost = np.full(128 // dtype.itemsize, np.nan, dtype)
   for number in np.asarray(first)[np.asarray(first) >= 0]:
     *row, column = map(int, np.unravel_index(number, shape))
     line = indexing.NDIndexer.from_indices_shape(
@@ -129,7 +129,8 @@ def interpreted():
       _, transforms = eqn.params["pytree_ref_transforms"].unflatten(arrays[2:])
       arrays = *arrays[:2], transforms
       run = functools.partial(_discard_line,
-                              shape=transforms[-1].get_indexer_shape())
+                              shape=transforms[-1].get_indexer_shape(),
+                              dtype=eqn.invars[1].aval.dtype)
     elif name in ("cluster_arrive", "cluster_wait"):
       run = functools.partial(_barrier, threads=self.num_concurrent_threads,
                               wait=name == "cluster_wait")
