@@ -86,7 +86,7 @@ def _inputs(batch: int, model_dim: int, dtype, scores: np.ndarray | None
 
 def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
             scores: np.ndarray | None = None):
-  """Jitted passes through `count` layers, their parameters, and the first.
+  """Jitted passes, several and one; their layers' parameters; a layer.
 
   Args:
     config: of a layer.

@@ -1,6 +1,8 @@
 """Layers laid out for decoding: they skip, and change nothing."""
 
 import dataclasses
+import gc
+import weakref
 
 from flax import nnx
 import jax
@@ -12,7 +14,7 @@ from recorder import Recorder
 from sparse_lm.config import (AttentionConfig, FFNConfig, LinearInputsConfig,
                               ModelConfig)
 from sparse_lm.decoding import Decoder
-from sparse_lm.decoding.layers import NeuronMajorFFN
+from sparse_lm.decoding.layers import NeuronMajorFFN, make_select
 from sparse_lm.model import Transformer
 from sparse_lm.model.ffn import FFN
 
@@ -94,6 +96,16 @@ def test_a_decoder_reads_the_rows_of_active_neurons_alone(name):
     assert np.isnan(logits).all()
   else:
     np.testing.assert_array_equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", FFNS)
+def test_a_selection_does_not_hold_the_layer(name):
+  """Whose parameters have been laid out anew."""
+  ffn = FFN(FFNS[name], LinearInputsConfig(), 32, nnx.Rngs(1))
+  select, layer = make_select(ffn, True), weakref.ref(ffn)
+  del ffn
+  gc.collect()
+  assert select is not None and layer() is None
 
 
 def test_sparse_inputs_are_computed_whole():
