@@ -456,7 +456,7 @@ def test_benchmark_with_the_active_neurons_of_a_trained_model(
   dense = FFNConfig(shape="gated", num_neurons=64, sparsifier="none")
   monkeypatch.setattr(timing, "_pair", lambda suite: (spark, dense, 64))
   monkeypatch.setattr(timing, "read_bandwidth", lambda: 1e9)
-  benchmark.main(["--suite=ffn", "--layers=2", "--tokens=1,2",
+  benchmark.main(["--suite=ffn", "--layers=4", "--tokens=1,2",
                   f"--scores={path}", f"--output={output}"])
   one, two = json.loads(output.read_text())["rows"]
   assert one["union_fraction"] == pytest.approx(active[:, :1].mean(), abs=0.02)

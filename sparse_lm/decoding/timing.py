@@ -94,14 +94,14 @@ def _layers(config: FFNConfig, model_dim: int, count: int, skip: bool, dtype,
     count: of layers.
     skip: inactive neurons, where that is faster.
     dtype: of the parameters.
-    scores: (N, T, F), columns of the layers' gates, whose others are then 0;
+    scores: (N, T, F), columns of each layer's gate, whose others are then 0;
       None: of N(0, 1 / R).
   """
   graphs, states = [], []
   for seed in range(count):
     ffn = FFN(config, LinearInputsConfig(), model_dim, nnx.Rngs(seed))
     if scores is not None:
-      columns = scores[seed % len(scores)]
+      columns = scores[seed]
       gate_DxF = jnp.zeros_like(ffn.gate_DxF[...])
       ffn.gate_DxF[...] = gate_DxF.at[:len(columns)].set(columns)
     ffn = NeuronMajorFFN(ffn, True, None) if skip else ffn
@@ -195,7 +195,8 @@ def time_ffn(suite: str, num_layers: int, tokens: Sequence[int], log: Log,
     width, _ = sparse.input_dims(model_dim)
     if max(tokens) > width:
       raise UserError(f"--tokens={max(tokens)}: with --scores at most {width}")
-    scores = _tiled(scores[:, :max(tokens)], sparse.num_neurons)
+    layers = np.arange(num_layers) % len(scores)
+    scores = _tiled(scores[layers, :max(tokens)], sparse.num_neurons)
   timed = dict(
       dense=_time_layers(dense, model_dim, num_layers, False, dtype, tokens,
                          log),
