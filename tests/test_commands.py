@@ -4,7 +4,6 @@ Each runs as a subprocess. What one does after another has shown that it starts
 runs in this process: `main` is all that `cli.run` calls.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ import scipy.stats
 
 from sparse_lm import (benchmark, compare, evaluate, generate, shift_threshold,
                        train)
-from sparse_lm.config import AttentionConfig, FFNConfig, ModelConfig
+from sparse_lm.config import FFNConfig
 from sparse_lm.decoding import timing
 from sparse_lm.errors import UserError
 from sparse_lm.training.workdir import read_config
@@ -482,26 +481,6 @@ def test_benchmark_with_the_active_neurons_of_a_trained_model(
        "--output", "none is not a folder"),
       (["--suite=ffn", f"--scores={tmp_path / 'none.npy'}"], "none.npy")]:
     refused_here(benchmark.main, [f"--scores={path}", *flags], *parts)
-
-
-def test_bytes_of_a_token():
-  """Of two layers in turn: one sees 4 tokens, the other all."""
-  attention = AttentionConfig(
-      shape="dense", num_query_heads=4, num_kv_heads=2, head_dim=8,
-      sliding_window=4, global_every=2)
-  model = ModelConfig(
-      vocab_size=100, num_layers=2, model_dim=16, attention=attention,
-      ffn=FFNConfig(shape="gated", num_neurons=20, sparsifier="none"))
-  weights = 100 * 16 + 2 * (3 * 16 * 20 + 16 * 8 * (2 * 4 + 2 * 2))
-  keys = 2 * 8  # numbers of a token, in each layer, and as many of values
-  assert timing._decode_bytes(model, 10, 2) == 2 * (
-      weights + 2 * keys * (4 + 10))
-  spark = dataclasses.replace(model, attention=dataclasses.replace(
-      attention, shape="spark", predictor_dim=2, top_k=3))
-  # Two queries a group keep six keys, or all four: of these all of a head.
-  first, rest = 2 * 2, 2 * (2 * 8 - 2)
-  assert timing._decode_bytes(spark, 10, 2) == 2 * (
-      weights + first * (4 + 10) + rest * (4 + 6))
 
 
 def test_benchmark(call, tmp_path):
