@@ -9,6 +9,13 @@ import jax
 from sparse_lm.kernels import devices
 
 
+def check_shapes(*arrays: tuple[str, jax.Array, tuple[int, ...]]) -> None:
+  """Raises `ValueError` unless each, by name, has the shape beside it."""
+  for name, array, shape in arrays:
+    if array.shape != shape:
+      raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+
+
 class Implementations:
   """Modules that do the same, by name; iterating over it gives the names."""
 

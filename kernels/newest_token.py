@@ -6,6 +6,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.kernels.implementations import check_shapes
+
 
 def query_of(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
              value_BxKxSxE: jax.Array) -> jax.ShapeDtypeStruct:
@@ -21,11 +23,8 @@ def query_of(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
   """
   b, k, _, e = value_BxKxSxE.shape
   group = rows_BxRxE.shape[1] // k - 2
-  for name, array, shape in (
-      ("rows_BxRxE", rows_BxRxE, (b, (max(group, 1) + 2) * k, e)),
-      ("rotary_Bx2xT", rotary_Bx2xT, (b, 2, e // 2))):
-    if array.shape != shape:
-      raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+  check_shapes(("rows_BxRxE", rows_BxRxE, (b, (max(group, 1) + 2) * k, e)),
+               ("rotary_Bx2xT", rotary_Bx2xT, (b, 2, e // 2)))
   return jax.ShapeDtypeStruct((b, k, group, e), rows_BxRxE.dtype)
 
 

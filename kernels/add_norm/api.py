@@ -3,7 +3,7 @@
 import jax
 
 from sparse_lm.kernels.devices import is_hopper
-from sparse_lm.kernels.implementations import Implementations
+from sparse_lm.kernels.implementations import Implementations, check_shapes
 
 IMPLEMENTATIONS = Implementations("add_norm",
                                   {"xla": "xla", "pallas_gpu": "gpu"})
@@ -83,9 +83,7 @@ def _checked(implementation: str | None, x_NxD: jax.Array, y_NxD: jax.Array,
   if (y_NxD.shape, y_NxD.dtype) != (x_NxD.shape, x_NxD.dtype):
     raise ValueError(f"y_NxD is {y_NxD.dtype}{list(y_NxD.shape)}, expected "
                      f"x_NxD's {x_NxD.dtype}{list(x_NxD.shape)}")
-  for name, scale in (("y_scale_D", y_scale_D), ("scale_D", scale_D)):
-    if scale.shape != x_NxD.shape[1:]:
-      raise ValueError(f"{name} has shape {scale.shape}, expected "
-                       f"{x_NxD.shape[1:]}")
+  check_shapes(("y_scale_D", y_scale_D, x_NxD.shape[1:]),
+               ("scale_D", scale_D, x_NxD.shape[1:]))
   implementation = implementation or choose(jax.devices()[0], x_NxD)
   return IMPLEMENTATIONS.serving(implementation, x_NxD)

@@ -3,7 +3,7 @@
 import jax
 
 from sparse_lm.kernels.devices import is_hopper
-from sparse_lm.kernels.implementations import Implementations
+from sparse_lm.kernels.implementations import Implementations, check_shapes
 from sparse_lm.kernels.newest_token import query_of
 
 # `reference` is what the other is tested against.
@@ -76,11 +76,8 @@ def write_and_attend(rows_BxRxE: jax.Array, rotary_Bx2xT: jax.Array,
       that do not fit.
   """
   query = query_of(rows_BxRxE, rotary_Bx2xT, value_BxKxSxE)
-  for name, array, expected in (
-      ("key_BxKxSxE", key_BxKxSxE, value_BxKxSxE.shape),
-      ("lengths_B", lengths_B, value_BxKxSxE.shape[:1])):
-    if array.shape != expected:
-      raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
+  check_shapes(("key_BxKxSxE", key_BxKxSxE, value_BxKxSxE.shape),
+               ("lengths_B", lengths_B, value_BxKxSxE.shape[:1]))
   if implementation is None:
     implementation = (choose(jax.devices()[0], query, key_BxKxSxE)
                       or "reference")

@@ -9,7 +9,7 @@ import math
 import jax
 
 from sparse_lm.kernels.devices import is_hopper
-from sparse_lm.kernels.implementations import Implementations
+from sparse_lm.kernels.implementations import Implementations, check_shapes
 
 # `reference` is what the others are tested against.
 IMPLEMENTATIONS = Implementations("spark_attention", {
@@ -114,9 +114,7 @@ def spark_attention(
               ("positions_BxL", positions_BxL, (b, l))]
   if segments_BxL is not None:
     expected.append(("segments_BxL", segments_BxL, (b, l)))
-  for name, array, shape in expected:
-    if array.shape != shape:
-      raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+  check_shapes(*expected)
   if key_BxKxLxE.dtype != query_BxKxGxLxE.dtype:
     raise ValueError(f"key_BxKxLxE is {key_BxKxLxE.dtype}, expected the "
                      f"query's {query_BxKxGxLxE.dtype}")

@@ -6,7 +6,7 @@ Letters beside the README's: U = E - P, the head dims that do not predict.
 import jax
 
 from sparse_lm.kernels.devices import is_hopper
-from sparse_lm.kernels.implementations import Implementations
+from sparse_lm.kernels.implementations import Implementations, check_shapes
 from sparse_lm.kernels.newest_token import query_of, write_newest
 
 # `reference` is what the others are tested against.
@@ -154,13 +154,10 @@ def _checked(implementation: str | None, query_BxKxGxE, key1_BxKxSxP,
   """The implementation's module, if it can serve such arrays."""
   b, k, _, e = query_BxKxGxE.shape
   s, p = key1_BxKxSxP.shape[2:]
-  for name, array, shape in (
-      ("key1_BxKxSxP", key1_BxKxSxP, (b, k, s, p)),
-      ("key2_BxKxSxU", key2_BxKxSxU, (b, k, s, e - p)),
-      ("value_BxKxSxE", value_BxKxSxE, (b, k, s, e)),
-      ("lengths_B", lengths_B, (b,))):
-    if array.shape != shape:
-      raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+  check_shapes(("key1_BxKxSxP", key1_BxKxSxP, (b, k, s, p)),
+               ("key2_BxKxSxU", key2_BxKxSxU, (b, k, s, e - p)),
+               ("value_BxKxSxE", value_BxKxSxE, (b, k, s, e)),
+               ("lengths_B", lengths_B, (b,)))
   if top_k < 1:
     raise ValueError(f"top_k={top_k} must be above 0")
   arrays = query_BxKxGxE, key1_BxKxSxP, key2_BxKxSxU, value_BxKxSxE

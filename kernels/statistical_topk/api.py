@@ -5,7 +5,7 @@ import functools
 import jax
 
 from sparse_lm.kernels.devices import is_hopper
-from sparse_lm.kernels.implementations import Implementations
+from sparse_lm.kernels.implementations import Implementations, check_shapes
 from sparse_lm.kernels.statistical_topk.rule import Activation, Rule
 
 # Each has `forward` and `backward`.
@@ -108,9 +108,8 @@ def gated_topk(score_NxF: jax.Array, up_NxF: jax.Array | None, *,
     ValueError: on an unknown implementation, one that cannot serve these, or
       shapes that do not fit.
   """
-  if up_NxF is not None and up_NxF.shape != score_NxF.shape:
-    raise ValueError(f"up_NxF has shape {up_NxF.shape}, expected "
-                     f"{score_NxF.shape}")
+  if up_NxF is not None:
+    check_shapes(("up_NxF", up_NxF, score_NxF.shape))
   arguments = score_NxF, up_NxF, activation, up_activation
   implementation = implementation or choose(jax.devices()[0], *arguments)
   IMPLEMENTATIONS.serving(implementation, *arguments)

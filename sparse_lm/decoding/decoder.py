@@ -114,7 +114,8 @@ class Decoder:
     for block in nnx.merge(self._graph, self._params).blocks:
       ffn = block.ffn
       name = ffn.chosen(x_BxD) if isinstance(ffn, NeuronMajorFFN) else None
-      reason = name and ffn.unsupported(name, x_BxD)
+      # What is chosen can serve; what was asked for may not.
+      reason = name and ffn.implementation and ffn.unsupported(name, x_BxD)
       if reason:
         raise UserError(f"--ffn_implementation={name}: {reason}")
       names.append(name or "dense")
